@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # Required and optional keys of each kind of scaling.
 _SCALINGS = {
@@ -17,6 +18,15 @@ _SCALINGS = {
     ),
     "longrope": ("short_factor long_factor attention_factor original_max_position_embeddings", ""),
     "dynamic": ("factor max_position_embeddings", ""),
+}
+# Those whose numbers periods are multiplied or divided by.
+_POSITIVE = {
+    "factor",
+    "factors",
+    "short_factor",
+    "long_factor",
+    "original_max_position_embeddings",
+    "max_position_embeddings",
 }
 
 
@@ -82,7 +92,8 @@ def check(width: int, scaling: dict | None) -> None:
     """Checks the arguments of `rotation`.
 
     Raises:
-        ValueError: an odd width, or a scaling with an unknown kind, a missing or an unknown key.
+        ValueError: an odd width, or a scaling with an unknown kind, a missing or an unknown key, or
+            a number that is not above 0.
     """
     if width % 2:
         raise ValueError(f"{width} features of a head are rotated; rotary encoding needs pairs")
@@ -104,6 +115,12 @@ def check(width: int, scaling: dict | None) -> None:
             raise ValueError(
                 f"rope_scaling has {len(scaling[key])} numbers in {key!r}; give one for each of "
                 f"{width // 2} pairs of features"
+            )
+    for key in _POSITIVE & keys:
+        values = np.asarray(scaling[key])
+        if values.dtype.kind not in "iuf" or not (values > 0).all():
+            raise ValueError(
+                f"{key!r} of rope_scaling is {scaling[key]!r}; give numbers that are above 0"
             )
 
 

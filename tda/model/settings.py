@@ -4,7 +4,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal, get_args
 
+import jax.numpy as jnp
+
 from tda.model import positions
+
+_SIZES = ("vocab_size", "width", "layers", "heads", "kv_heads", "head_width", "ff_width")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,6 +103,7 @@ class DecoderSettings:
     """Dtype of the parameters."""
 
     def __post_init__(self):
+        self._check_numbers()
         for name in ("window_layers", "rope_layers"):
             by_layer = getattr(self, name)
             if by_layer is None:
@@ -116,10 +121,35 @@ class DecoderSettings:
                 raise ValueError(
                     f"unknown {field.name} {value!r}; use {', '.join(map(str, choices))}"
                 )
+        self._check_dtypes()
         self._check_heads()
         self._check_window()
         if self.norm_offset and self.norm != "rms":
             raise ValueError(f"norm_offset={self.norm_offset} is for norm='rms', not {self.norm!r}")
+
+    def _check_numbers(self) -> None:
+        for name in _SIZES:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
+        if not 0 <= self.rope_fraction <= 1:
+            raise ValueError(f"rope_fraction={self.rope_fraction} must be from 0 to 1")
+        for name in ("rope_base", "window_rope_base"):
+            base = getattr(self, name)
+            if base is not None and not base > 0:
+                raise ValueError(f"{name}={base} must be above 0")
+
+    def _check_dtypes(self) -> None:
+        for name in ("dtype", "param_dtype"):
+            value = getattr(self, name)
+            try:
+                is_floating = jnp.issubdtype(jnp.dtype(value), jnp.floating)
+            except TypeError:
+                is_floating = False
+            if not is_floating:
+                raise ValueError(
+                    f"{name}={value!r} is no type of floating-point numbers; use 'float32' or "
+                    "'bfloat16'"
+                )
 
     def _check_heads(self) -> None:
         if self.heads % self.kv_heads:

@@ -238,6 +238,14 @@ def test_sizes_are_copies_and_unknown_ones_refused():
         (dict(heads=3, kv_heads=2), "heads=3 is not a multiple of kv_heads=2"),
         (dict(head_width=7), "head_width=7 is odd"),
         (dict(activation="tanh"), "unknown activation 'tanh'; use silu, gelu, gelu_exact, relu"),
+        (dict(kv_heads=0), "kv_heads=0 must be 1 or more"),
+        (dict(heads=0), "heads=0 must be 1 or more"),
+        (dict(layers=0), "layers=0 must be 1 or more"),
+        (dict(vocab_size=0), "vocab_size=0 must be 1 or more"),
+        (dict(rope_fraction=1.5), "rope_fraction=1.5 must be from 0 to 1"),
+        (dict(rope_base=0.0), "rope_base=0.0 must be above 0"),
+        (dict(dtype="bf16"), "dtype='bf16' is no type of.* use 'float32' or 'bfloat16'"),
+        (dict(param_dtype="int8"), "param_dtype='int8' is no type of"),
     ],
 )
 def test_impossible_shapes_are_refused(decoder, changes, message):

@@ -115,6 +115,9 @@ def test_dynamic_scaling_stretches_the_longest_period_by_the_excess_alone():
         (8, {"kind": "factors", "factors": [1.0] * 3}, "has 3 numbers in 'factors'; give one"),
         (8, {"kind": "linear"}, "needs factor"),
         (8, {"kind": "linear", "factor": 2.0, "mscale": 1.0}, "it has factor, mscale"),
+        (8, {"kind": "linear", "factor": 0}, "'factor' of rope_scaling is 0; give .* above 0"),
+        (8, {"kind": "linear", "factor": "8"}, "'factor' of rope_scaling is '8'"),
+        (4, {"kind": "factors", "factors": [1.0, 0.0]}, r"'factors' of rope_scaling is \[1.0, 0.0"),
     ],
 )
 def test_scalings_with_other_keys_are_refused(width, scaling, message):
