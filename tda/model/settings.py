@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from tda.model import positions
 
-_SIZES = ("vocab_size", "width", "layers", "heads", "kv_heads", "head_width", "ff_width")
+# Without vocab_size, which is 0 until the tokenizer is known.
+_SIZES = ("width", "layers", "heads", "kv_heads", "head_width", "ff_width")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

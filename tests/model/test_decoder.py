@@ -241,7 +241,6 @@ def test_sizes_are_copies_and_unknown_ones_refused():
         (dict(kv_heads=0), "kv_heads=0 must be 1 or more"),
         (dict(heads=0), "heads=0 must be 1 or more"),
         (dict(layers=0), "layers=0 must be 1 or more"),
-        (dict(vocab_size=0), "vocab_size=0 must be 1 or more"),
         (dict(rope_fraction=1.5), "rope_fraction=1.5 must be from 0 to 1"),
         (dict(rope_base=0.0), "rope_base=0.0 must be above 0"),
         (dict(dtype="bf16"), "dtype='bf16' is no type of.* use 'float32' or 'bfloat16'"),
