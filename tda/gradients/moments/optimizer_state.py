@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from tda.gradients.moments import leaf_names
 from tda.model.functional import flat_parameters
 from tda.runtime.differences import shorten
 from tda.training import saved_state
@@ -127,10 +128,9 @@ class OptimizerState:
             SecondMomentError: otherwise; the message lists what the state has, or what to pass.
         """
         if not self._states:
-            listed = sorted(self.names)
             raise SecondMomentError(
                 f"the optimizer's state has no second moments{self._reason()}, nothing under the "
-                f"names {' and '.join(_MARKS)}; it has {shorten(listed) or 'nothing'}. "
+                f"names {' and '.join(_MARKS)}; it has {shorten(sorted(self.names)) or 'nothing'}. "
                 "Leave scales out, and second moments are estimated"
             )
         name = self.described.get("name")
@@ -147,7 +147,7 @@ class OptimizerState:
         Raises:
             SecondMomentError: the constants of a label would have no effect.
         """
-        known = {part for prefix in self._siblings for part in prefix.split("/")[:-1]}
+        known = {label for prefix in self._siblings for label in leaf_names.labels(prefix)}
         if self._siblings and (absent := sorted(set(labels) - known)):
             raise SecondMomentError(
                 f"parts has the label {absent[0]!r}, under which the optimizer's state has no "
@@ -168,7 +168,7 @@ class OptimizerState:
                 if part in _MARKS:
                     prefix = "".join(f"{p}/" for p in parts[:i])
                     tail = "/".join(parts[i + 1 :])
-                    for path in _parameter_paths(tail):
+                    for path in leaf_names.parameter_paths(tail):
                         states.setdefault(path, {})[prefix] = tail
         return states
 
@@ -213,7 +213,9 @@ class OptimizerState:
         return next(iter(located.items()))
 
     def _missing(self, path: str) -> str:
-        of_it = sorted(n for n in self.names if path in _parameter_paths(n, anywhere=True))
+        of_it = sorted(
+            n for n in self.names if path in leaf_names.parameter_paths(n, anywhere=True)
+        )
         elsewhere = sorted(n for n in self.names if any(f"/{m}/" in f"/{n}" for m in _MARKS))
         return (
             f"the optimizer's state has no second moments of {path}{self._reason()}; of that "
@@ -228,10 +230,10 @@ class OptimizerState:
 
     def _constants(self, prefix: str, arrays: Mapping[str, Any]) -> dict:
         constants = {k: v for k, v in self.described.items() if not isinstance(v, dict)}
+        for label in leaf_names.labels(prefix):
+            if isinstance(self.described.get(label), dict):
+                constants |= self.described[label]
         parts = prefix.split("/")
-        for part in parts:
-            if isinstance(self.described.get(part), dict):
-                constants |= self.described[part]
         # `inject_hyperparams` stores the constants of the last update, so these win over the
         # description's; of several, the innermost applies to this state.
         for i in range(len(parts)):
@@ -241,24 +243,7 @@ class OptimizerState:
         return constants
 
 
-def _parameter_paths(tail: str, anywhere: bool = False) -> set[str]:
-    """Returns the parameter paths that a leaf's name may stand for.
-
-    nnx saves an array under its variable's name and `value`, Linen all parameters under `params`.
-
-    Args:
-        tail: the name after the state's field.
-        anywhere: whether the tail may begin anywhere in the name.
-    """
-    parts = tail.split("/")
-    ends = [parts, parts[:-1]] if parts[-1] == "value" and len(parts) > 1 else [parts]
-    if anywhere:
-        return {"/".join(end[i:]) for end in ends for i in range(len(end))}
-    starts = [0, 1] if parts[0] == "params" else [0]
-    return {"/".join(end[i:]) for end in ends for i in starts}
-
-
-def open_state(source: Any, step: int | None = None, **constants: Any) -> OptimizerState:
+def open_state(source: Any, step: int | None = None, /, **constants: Any) -> OptimizerState:
     """Opens an optimizer's state.
 
     Args:

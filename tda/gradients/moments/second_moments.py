@@ -129,7 +129,7 @@ def second_moments(
     *,
     optimizer: str | None = None,
     step: int | None = None,
-    parts: dict[str, dict] | None = None,
+    parts: dict[Any, dict] | None = None,
     **constants: float,
 ) -> SecondMoments:
     """Opens the second moments of the optimizer that a model was trained with.
@@ -156,15 +156,17 @@ def second_moments(
             them.
         tda.training.checkpoint.CheckpointError: no checkpoint, or one without optimizer state.
     """
-    for label, stated in {"": constants, **(parts or {})}.items():
+    # Path names are strings, whatever the labels are.
+    parts = {str(label): stated for label, stated in (parts or {}).items()}
+    for label, stated in {"": constants, **parts}.items():
         _check_constants(stated, f"parts[{label!r}]: " if label else "")
     described: dict[str, Any] = {k: v for k, v in constants.items() if v is not None}
-    for label, stated in (parts or {}).items():
+    for label, stated in parts.items():
         described[label] = {"name" if k == "optimizer" else k: v for k, v in stated.items()}
     if optimizer is not None:
         described["name"] = optimizer
     state = optimizer_state.open_state(source, step, **described)
-    state.check_labels(parts or {})
+    state.check_labels(parts)
     state.check()
     return SecondMoments(state)
 

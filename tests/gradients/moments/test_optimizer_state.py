@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from tda.gradients.moments import optimizer_state
+from tda.gradients.moments import optimizer_state, second_moments
 from tda.gradients.moments.optimizer_state import SecondMomentError
 from tda.model.functional import flat_parameters
 from tda.training import checkpoint
@@ -24,6 +24,7 @@ PARAMS = {
 PATHS = sorted(flat_parameters(PARAMS))
 EPS = {"eps": 0.03, "eps_root": 0.02}
 ADAM = {"name": "adam", "b2": 0.9, **EPS}
+ADAM_ARGUMENTS = {"optimizer": "adam", "b2": 0.9, **EPS}
 
 
 def find(source, path, described):
@@ -262,3 +263,22 @@ def test_moments_that_are_missing_are_told_with_what_there_is():
         match="no second moments of v/kernel; .* nothing; .*inner_state/0/nu/blocks/0/kernel",
     ):
         find(masked, "v/kernel", ADAM)
+
+
+@pytest.mark.parametrize("labels", [("1", "0"), (1, 0)])
+def test_labels_that_are_numbers_are_not_indices_of_a_chain(labels):
+    """Guards: the constants of part 0 for all parts, since Adam's state is a chain's first."""
+    inner, outer = labels
+    parts = {inner: adam(b2=0.8), outer: adam(b2=0.9)}
+    tree = jax.tree.map(lambda b: inner if b else outer, BLOCKS)
+    state, _, _ = run(optax.partition(parts, tree))
+    constants = {inner: {"b2": 0.8, **EPS}, outer: {"b2": 0.9, **EPS}}
+    opened = second_moments.second_moments(state, optimizer="adam", parts=constants).state
+    for path, moments in opened.moments(PATHS).items():
+        assert moments.constants["b2"] == (0.8 if path.startswith("blocks") else 0.9)
+
+
+def test_an_index_of_a_chain_is_no_label_of_a_partition():
+    state, _, _ = run(optax.partition({"nu": adam(), "rest": adam()}, LABELS), 1)
+    with pytest.raises(SecondMomentError, match="parts has the label '0', under which"):
+        second_moments.second_moments(state, **ADAM_ARGUMENTS, parts={"0": {"b2": 0.8}})
