@@ -108,10 +108,9 @@ class Capture:
             changed = nnx.state(own_model, nnx.Not(nnx.Any(taps.Zeros, nnx.Param)))
             return value[0] if has_aux else value, (value, changed)
 
-        examples = unseen.count_examples(batch)
         differentiate = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)
         (_, (value, changed)), (cotangents, gradients) = differentiate(
-            taps.zeros_for(templates, examples), params
+            taps.zeros_for(templates, batch), params
         )
         nnx.update(model, _without_taps(changed, model))
         parts = {s: taps.cotangents_at(cotangents, s)[0] for s in self._taps}

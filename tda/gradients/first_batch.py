@@ -124,7 +124,15 @@ class TapsCheck:
         return rows
 
     def _choose_tolerance(self, example) -> tuple[float, float]:
-        is_half = _HALF_TYPES.search(str(self._encode.trace(self._parameters, example).jaxpr))
+        try:
+            traced = self._encode.trace(self._parameters, example)
+        except Exception as error:
+            raise ValueError(
+                "the loss of a whole batch can be computed, that of one example by itself cannot, "
+                f"with which encodings are compared ({type(error).__name__}: {error}); write it, "
+                "and the layouts in it, for any number of examples"
+            ) from error
+        is_half = _HALF_TYPES.search(str(traced.jaxpr))
         return _HALF if is_half or jax.default_backend() != "cpu" else _FLOAT32
 
     def _block_norms(self, encodings: np.ndarray) -> np.ndarray:

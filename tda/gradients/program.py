@@ -127,7 +127,7 @@ class _Encoding:
 
     def _by_taps(self, variables: dict, batch: dict, scored: int | None) -> dict[Site, list]:
         """Returns the projections of the whole batch, by site and tap, in one backward pass."""
-        zeros = taps.zeros_for(self._program.templates, unseen.count_examples(batch))
+        zeros = taps.zeros_for(self._program.templates, batch)
         cotangents = jax.grad(self._total)(zeros, variables, batch, scored)
         return {s: taps.cotangents_at(cotangents, s) for s in self._tapped}
 
@@ -149,7 +149,7 @@ class _Encoding:
 
         def encode_example(example: dict) -> tuple[dict, dict]:
             example = jax.tree.map(lambda x: x[None], example)
-            zeros = taps.zeros_for(self._program.templates, 1)
+            zeros = taps.zeros_for(self._program.templates, example)
             return jax.grad(total_of_example, argnums=(0, 1))(zeros, parameters, example)
 
         cotangents, gradients = jax.vmap(encode_example)(batch)

@@ -29,8 +29,9 @@ from collections.abc import Callable, Iterable, Mapping
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import AxisType, PartitionSpec
 
-from tda.gradients import layers
+from tda.gradients import layers, unseen
 from tda.gradients.sites import Site, module_at
 from tda.runtime import sharding
 
@@ -155,14 +156,32 @@ def without_taps(model: nnx.Module, sites: Iterable[Site]) -> nnx.Module:
     return model
 
 
-def zeros_for(templates: dict, examples: int) -> dict:
-    """Returns zeros for every example of a batch, given templates [(L,) 1, k, k]."""
+def zeros_for(templates: dict, batch) -> dict:
+    """Returns zeros for every example of a batch, given templates [(L,) 1, k, k].
+
+    Where the type of an array says how devices share it (axes of a mesh that are `Explicit`, or
+    `Manual` inside `jax.shard_map`), the zeros are shared as the batch's examples are: a tap's
+    gradient is made of theirs, and must be of the type of the zeros.
+    """
+    zeros_B = _shared_zeros(batch)
 
     def zeros(template):
         *stack, _, p, q = template.shape
-        return jnp.zeros((*stack, examples, p, q), jnp.float32)
+        return jnp.broadcast_to(zeros_B[:, None, None], (*stack, len(zeros_B), p, q))
 
     return jax.tree.map(zeros, templates)
+
+
+def _shared_zeros(batch) -> jax.Array:
+    """Returns a zero for each example of a batch: float32 [B]."""
+    zeros_B = jnp.zeros(unseen.count_examples(batch), jnp.float32)
+    for x in jax.tree.leaves(batch):
+        if isinstance(x, jax.Array) and not jnp.issubdtype(x.dtype, jax.dtypes.extended):
+            if any(kind != AxisType.Auto for kind in jax.typeof(x).sharding.mesh.axis_types):
+                # Adding one array's zeros shares the sum as that array is, in any version of jax.
+                zeros = jnp.zeros_like(x, jnp.float32)
+                zeros_B += jnp.sum(zeros, axis=tuple(range(1, x.ndim)))
+    return zeros_B
 
 
 def cotangents_at(cotangents: dict, site: Site) -> list:
@@ -223,7 +242,7 @@ def _project(x_BxTxM, A_MxRP, side: int):
     if x_BxTxM.dtype not in (jnp.bfloat16, jnp.float64):
         x_BxTxM = _f32(x_BxTxM)
     xA_BxTxRP = _einsum("btm,mp->btp", x_BxTxM, A_MxRP.astype(x_BxTxM.dtype))
-    return xA_BxTxRP.reshape(x_BxTxM.shape[0], -1, side)
+    return sharding.reshape_examples(xA_BxTxRP, x_BxTxM.shape[0], -1, side)
 
 
 def _project_factored(d_BxTxN, xA_BxSxP, B_NxRP, scale_BxTxN=None):
@@ -346,12 +365,11 @@ def _tap_rows(layer, y_BxTxN, inputs):
 
 def _tap_rows_once(zeros, tap: Tap, y_BxTxN, inputs):
     B, scale_BxTxN = tap.right, None
-    # A number beyond the table (of padding, say) looks up no row, so no row has its gradient.
-    look_up = functools.partial(jnp.take, indices=inputs, axis=0, mode="fill", fill_value=0)
+    look_up = functools.partial(_look_up, indices_BxT=inputs)
     if tap.scale is not None:
-        scale_BxTxN = look_up(tap.scale).reshape(y_BxTxN.shape)
+        scale_BxTxN = sharding.reshape_examples(look_up(tap.scale), *y_BxTxN.shape)
     xA_BxTxRP = look_up(tap.left)
-    xA_BxSxP = xA_BxTxRP.reshape(xA_BxTxRP.shape[0], -1, tap.side)
+    xA_BxSxP = sharding.reshape_examples(xA_BxTxRP, len(xA_BxTxRP), -1, tap.side)
     if tap.direction is None:
         return _tap_factored(y_BxTxN, zeros, xA_BxSxP, B, scale_BxTxN)
     xAW_BxSxP = _einsum("bsp,pq->bsq", xA_BxSxP, tap.direction)
@@ -359,3 +377,10 @@ def _tap_rows_once(zeros, tap: Tap, y_BxTxN, inputs):
         return _tap_positions(y_BxTxN, zeros, _by_position(xAW_BxSxP, zeros), B)
     xK_BxTxN = _einsum("btq,nq->btn", xAW_BxSxP, B) * scale_BxTxN
     return _tap_positions(y_BxTxN, zeros, _by_position(xK_BxTxN, zeros), None)
+
+
+def _look_up(table, indices_BxT):
+    """Returns rows of a table; 0 for a number beyond it (of padding, say), which has no row."""
+    spec = sharding.explicit_spec(indices_BxT)
+    layout = None if spec is None else PartitionSpec(*spec, *[None] * (table.ndim - 1))
+    return table.at[indices_BxT].get(mode="fill", fill_value=0, out_sharding=layout)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -85,7 +85,8 @@ def batch_devices(mesh: Mesh) -> int:
 def devices_of_batch(examples: int) -> int:
     """Returns the number of devices of the current mesh that a batch is split over."""
     mesh = jax.sharding.get_abstract_mesh()
-    devices = 1 if mesh.empty else batch_devices(mesh)
+    # A caller's own mesh may have other axes.
+    devices = math.prod(mesh.shape.get(n, 1) for n in RULES["batch"])
     return devices if examples % devices == 0 else 1
 
 
@@ -102,6 +103,28 @@ def usual_dtype() -> str:
     return "bfloat16" if is_accelerated() else "float32"
 
 
+def explicit_spec(x) -> PartitionSpec | None:
+    """Returns the layout in the type of an array on an Explicit mesh; None on any other mesh."""
+    layout = jax.typeof(x).sharding
+    return layout.spec if AxisType.Explicit in layout.mesh.axis_types else None
+
+
+def _explicit_devices(x) -> int:
+    """Returns the number of devices of an Explicit mesh that share the first axis of an array."""
+    layout = jax.typeof(x).sharding
+    names = layout.spec[0] or ()
+    return math.prod(layout.mesh.shape[n] for n in ([names] if isinstance(names, str) else names))
+
+
+def reshape_examples(x, *shape: int) -> jax.Array:
+    """Reshapes an array whose first axis devices may share; they share the result's first axis.
+
+    On an Explicit mesh jax does not choose the layout of a reshaped array by itself.
+    """
+    spec = explicit_spec(x)
+    return jnp.reshape(x, shape, out_sharding=None if spec is None else PartitionSpec(spec[0]))
+
+
 def map_in_portions(function, batch, numbers: int, limit: int):
     """Maps a function over a batch, a few examples at a time on every device.
 
@@ -114,8 +137,9 @@ def map_in_portions(function, batch, numbers: int, limit: int):
     Returns:
         The function's results as arrays [B, …].
     """
-    examples = jax.tree.leaves(batch)[0].shape[0]
-    devices = devices_of_batch(examples)
+    first = jax.tree.leaves(batch)[0]
+    examples, spec = len(first), explicit_spec(first)
+    devices = devices_of_batch(examples) if spec is None else _explicit_devices(first)
     per_device = examples // devices
     # A divisor, since every step of `lax.map` has the same shape.
     fitting = (n for n in range(2, per_device + 1) if per_device % n == 0 and n * numbers <= limit)
@@ -123,11 +147,13 @@ def map_in_portions(function, batch, numbers: int, limit: int):
 
     def split(x):
         """Returns [turns, D, C, …] of [B, …]: in every turn each device has its own examples."""
-        x = jnp.swapaxes(x.reshape(devices, per_device // portion, portion, *x.shape[1:]), 0, 1)
-        return constrain(x, None, "batch", *[...] * (x.ndim - 2))
+        x = reshape_examples(x, devices, per_device // portion, portion, *x.shape[1:])
+        x = jnp.swapaxes(x, 0, 1)
+        # The type of an array on an Explicit mesh states its layout already.
+        return x if spec is not None else constrain(x, None, "batch", *[...] * (x.ndim - 2))
 
     def join(x):
-        return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[3:])
+        return reshape_examples(jnp.swapaxes(x, 0, 1), -1, *x.shape[3:])
 
     return jax.tree.map(join, jax.lax.map(function, jax.tree.map(split, batch)))
 

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import tda
 from tda import loss as losses
@@ -150,3 +151,71 @@ def test_parts_that_do_not_add_up_are_told():
     _, gradients, encodings = capture(scaled, model, batch_of(0))
     with pytest.raises(ValueError, match="do not add up to the gradient of first/kernel, second/"):
         capture.check(gradients, encodings)
+
+
+def float_batch(seed=0, examples=8):
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), batch_of(seed, examples))
+
+
+def squares(model, batch):
+    return jnp.square(model(batch["x"]) - batch["y"][:, None]).sum(-1)
+
+
+def mean_squares(model, batch):
+    return squares(model, batch).mean()
+
+
+class OnMesh(nnx.Module):
+    """Two layers, the width between them on the mesh's axis `model` if it has one."""
+
+    def __init__(self, layout):
+        rngs = nnx.Rngs(0)
+        self.first, self.second = (
+            nnx.Linear(*sides, use_bias=False, rngs=rngs) for sides in ((6, 8), (8, 3))
+        )
+        self.layout = layout
+
+    def __call__(self, x):
+        return self.second(jnp.tanh(self.first(x)), out_sharding=self.layout)
+
+
+@pytest.mark.parametrize("axes", [("data",), ("data", "model")])
+def test_a_mesh_with_explicit_axes(axes):
+    """Guards: zeros on every device, which jax refuses beside a gradient shared by devices."""
+    model, batch = OnMesh(None), float_batch()
+    _, plain, expected = tda.Capture(model, PROJECTION, tell=False)(mean_squares, model, batch)
+    kinds = (AxisType.Explicit,) * len(axes)
+    mesh = jax.make_mesh((2,) * len(axes), axes, kinds, devices=jax.devices()[: 2 ** len(axes)])
+    with jax.set_mesh(mesh):
+        shared = OnMesh(PartitionSpec("data"))
+        specs = {"first": PartitionSpec(None, *axes[1:]), "second": PartitionSpec(*axes[1:])}
+        for name, spec in specs.items():
+            kernel = getattr(model, name).kernel[...]
+            kernel = jax.device_put(kernel, NamedSharding(mesh, spec))
+            getattr(shared, name).kernel = nnx.Param(kernel)
+        capture = tda.Capture(shared, PROJECTION, tell=False)
+        batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+        step = nnx.jit(lambda m, b: capture(mean_squares, m, b))
+        _, gradients, encodings = step(shared, batch)
+        capture.check(gradients, encodings)
+    np.testing.assert_allclose(encodings, expected, atol=1e-5)
+    for one, other in zip(*map(jax.tree.leaves, (gradients, plain)), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("checks_types", [True, False])
+def test_a_step_inside_of_shard_map(checks_types):
+    model, batch = OnMesh(None), float_batch()
+    capture = tda.Capture(model, PROJECTION, tell=False)
+    _, _, expected = capture(mean_squares, model, batch)
+    mesh = jax.make_mesh((2,), ("data",), (AxisType.Auto,), devices=jax.devices()[:2])
+    graphdef, state = nnx.split(model)
+
+    def step(state, batch):
+        return capture(mean_squares, nnx.merge(graphdef, state), batch)[2]
+
+    shared = PartitionSpec("data")
+    layouts = dict(in_specs=(PartitionSpec(), shared), out_specs=shared, check_vma=checks_types)
+    encodings = jax.jit(jax.shard_map(step, mesh=mesh, **layouts))(state, batch)
+    # Each device has the mean of its own half.
+    np.testing.assert_allclose(encodings / 2, expected, atol=1e-5)

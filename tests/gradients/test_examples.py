@@ -5,12 +5,15 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tda.gradients import Projection, left_out, per_example, projection, reference
 from tda.gradients.encoder import make_encoder
 from tda.gradients.moments import estimate
+from tda.gradients.moments.scales import Scale, low_rank_scale
 from tda.gradients.sites import find_sites
 
 P = Projection(side=3, blocks=1)
@@ -192,3 +195,59 @@ def test_a_named_loss_of_a_recurrent_model_equals_the_reference(cell):
 def test_a_loss_that_is_none_is_told(decoder, loss, message):
     with pytest.raises(ValueError, match=message):
         per_example(decoder(), loss, [], Projection(side=2))
+
+
+class Tagger(nnx.Module):
+    """Logits of every position; on a mesh, rows of a table need a layout."""
+
+    def __init__(self, layout=None):
+        rngs = nnx.Rngs(0)
+        self.words, self.head = nnx.Embed(20, 5, rngs=rngs), nnx.Linear(5, 3, rngs=rngs)
+        self.layout = layout
+
+    def __call__(self, words):
+        return self.head(jnp.tanh(self.words(words, out_sharding=self.layout)))
+
+
+def loss_of_tags(model, batch):
+    return optax.softmax_cross_entropy_with_integer_labels(model(batch["x"]), batch["y"]).sum(-1)
+
+
+def on_explicit_mesh(batch):
+    """A batch of arrays shared by two devices, and the layout of its examples."""
+    kinds = (AxisType.Explicit,)
+    mesh = jax.make_mesh((2,), ("batch",), kinds, devices=jax.devices()[:2])
+    layout = NamedSharding(mesh, PartitionSpec("batch"))
+    return mesh, jax.device_put(batch, layout), layout.spec
+
+
+@pytest.mark.parametrize("form", ["none", "full", "low rank"])
+def test_a_mesh_with_explicit_axes(form):
+    """Guards: zeros on every device, which jax refuses beside a gradient shared by devices."""
+    model, rng = Tagger(), np.random.default_rng(0)
+    batch = {"x": rng.integers(0, 20, (8, 6)), "y": rng.integers(0, 3, (8, 6))}
+    full = {s.path: rng.uniform(0.5, 2, (s.rows, s.columns)) for s in find_sites(model, ".")}
+    scales = {
+        "none": None,
+        "full": {path: Scale(full=jnp.asarray(x, jnp.float32)) for path, x in full.items()},
+        "low rank": {path: low_rank_scale(x, 2) for path, x in full.items()},
+    }[form]
+    scope = dict(scales=scales, include=".", tell=False)
+    (expected,) = per_example(model, loss_of_tags, [batch], P, **scope)
+    mesh, shared, spec = on_explicit_mesh(batch)
+    with jax.set_mesh(mesh):
+        copies = jax.device_put(nnx.state(model), NamedSharding(mesh, PartitionSpec()))
+        model = Tagger(spec)
+        nnx.update(model, copies)
+        # The loss of one example by itself cannot be shared by two devices.
+        with pytest.raises(ValueError, match="one example by itself cannot, .* layouts in it, for"):
+            list(per_example(model, loss_of_tags, [shared], P, **scope))
+        model.layout = None
+
+        def loss(model, batch):
+            sharing = jax.typeof(batch["x"]).sharding.spec
+            model.layout = PartitionSpec(sharing[0])
+            return loss_of_tags(model, batch)
+
+        (got,) = per_example(model, loss, [shared], P, **scope)
+    close(got, expected)
