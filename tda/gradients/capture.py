@@ -5,6 +5,7 @@ A training step computes every layer's inputs and the gradients of its outputs a
 projected part of every example in it, at the cost of two thin products a layer.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from tda.gradients import full_gradients, taps, unseen
+from tda.gradients import batch_mates, full_gradients, taps, unseen
 from tda.gradients import projection as projections
 from tda.gradients.encoder import check_blocks, make_taps
 from tda.gradients.projection import Layout, Projection
@@ -35,6 +36,10 @@ class Capture:
         loss, gradients, encodings = capture(mean_loss, model, batch)
         optimizer.update(model, gradients)
         return loss, encodings
+
+    The rows of `encodings` are of the examples in the order in which the loss gives them to the
+    model. So a loss must not sort or shuffle its examples: sort or shuffle batches before the step.
+    `check` finds that out if it gets the loss.
 
     Args:
         model: the model, for its structure; its parameters are those of each call.
@@ -118,18 +123,59 @@ class Capture:
         nnx.replace_by_pure_dict(state, gradients)
         return value, state, projections.pool(self.layout, parts)
 
-    def check(self, gradients: nnx.State, encodings_BxE: jax.Array) -> None:
-        """Checks that the parts add up to the whole; call it after the first step.
+    def check(
+        self,
+        gradients: nnx.State,
+        encodings_BxE: jax.Array,
+        loss: Callable | None = None,
+        model: nnx.Module | None = None,
+        *batch: Any,
+        has_aux: bool = False,
+    ) -> None:
+        """Checks the results of a call; call it after the first step.
 
-        They do not where the loss changes parameters before it uses them (noise, a scale), or a
-        layer's product has a backward rule of its own.
+        The parts must add up to the whole. They do not where the loss changes parameters before it
+        uses them (noise, a scale), or a layer's product has a backward rule of its own.
+
+        That leaves the order of the rows open, which are those of other examples where the loss
+        sorts or shuffles its batch. With the loss, three or more examples are captured in three
+        orders, on a copy of the model in evaluation mode: each row must move with its example.
 
         Args:
             gradients, encodings_BxE: results of a call.
+            loss, model, batch, has_aux: arguments of a call; None to leave the order unchecked.
 
         Raises:
-            ValueError: they do not; the message names the blocks.
+            ValueError: the parts do not add up, and the message names the blocks; or the loss
+                reorders its examples.
         """
+        self._check_sum(gradients, encodings_BxE)
+        if loss is None:
+            return
+        if model is None or not batch:
+            raise ValueError("check got a loss alone; give the model and the batch after it, too")
+        self._check_order(loss, model, batch, has_aux)
+
+    def _check_order(self, loss: Callable, model: nnx.Module, batch: tuple, has_aux: bool) -> None:
+        # Dropout draws another mask for another row.
+        evaluated = nnx.clone(model)
+        evaluated.eval()
+        graphdef, state = nnx.split(evaluated)
+
+        @jax.jit
+        def encode(state: nnx.State, batch: tuple) -> jax.Array:
+            return self(loss, nnx.merge(graphdef, state), *batch, has_aux=has_aux)[2]
+
+        change = batch_mates.change_by_order(functools.partial(encode, state), batch)
+        if change:
+            raise ValueError(
+                f"the loss {getattr(loss, '__name__', loss)!r} reorders its examples, so rows of "
+                f"the encodings are those of other examples (they change by {change:.0%} where a "
+                "batch's examples change places): sort or shuffle batches before the step, and not "
+                "in the loss or the model"
+            )
+
+    def _check_sum(self, gradients: nnx.State, encodings_BxE: jax.Array) -> None:
         state = nnx.to_pure_dict(gradients)
         projected = {}
         for site, (tap,) in self._taps.items():

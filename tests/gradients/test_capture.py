@@ -219,3 +219,43 @@ def test_a_step_inside_of_shard_map(checks_types):
     encodings = jax.jit(jax.shard_map(step, mesh=mesh, **layouts))(state, batch)
     # Each device has the mean of its own half.
     np.testing.assert_allclose(encodings / 2, expected, atol=1e-5)
+
+
+def by_first_input(model, batch):
+    order = jnp.argsort(batch["x"][:, 0])
+    return squares(model, jax.tree.map(lambda x: x[order], batch)).mean()
+
+
+def rolled(model, batch):
+    return squares(model, jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), batch)).mean()
+
+
+def weighted(model, batch):
+    """Its divisor, the sum of weights, depends on all examples; so does a centred loss."""
+    weights, losses_B = jnp.abs(batch["x"][:, 1]), squares(model, batch)
+    return (weights * (losses_B - losses_B.mean())).sum() / weights.sum() + losses_B.var()
+
+
+def test_a_loss_that_reorders_its_examples_is_told():
+    """Guards: the parts of other examples, which add up to the same gradient."""
+    model, batch = OnMesh(None), float_batch()
+    capture = tda.Capture(model, PROJECTION, tell=False)
+    for reordering in (by_first_input, rolled):
+        _, gradients, encodings = capture(reordering, model, batch)
+        capture.check(gradients, encodings)
+        with pytest.raises(ValueError, match=f"the loss '{reordering.__name__}' reorders its exam"):
+            capture.check(gradients, encodings, reordering, model, batch)
+
+
+@pytest.mark.parametrize("kind", [mean_squares, weighted])
+def test_a_loss_whose_examples_stay_in_place_is_not_refused(kind):
+    """Guards: a mean over tokens, or dropout, taken for another order."""
+    model, batch = Classifier(nnx.Rngs(0)), float_batch()
+    model.second = nnx.Linear(8, 1, rngs=nnx.Rngs(1))
+    capture = tda.Capture(model, PROJECTION, tell=False)
+    before = float(model.calls[...])
+    _, gradients, encodings = capture(kind, model, batch)
+    capture.check(gradients, encodings, kind, model, batch)
+    assert float(model.calls[...]) == before + 1
+    with pytest.raises(ValueError, match="a loss alone; give the model and the batch"):
+        capture.check(gradients, encodings, kind)
