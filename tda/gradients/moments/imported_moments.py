@@ -127,11 +127,7 @@ def _of_safetensors(path: pathlib.Path):
             index = tuple(slice(0, n) for n in shapes[steps[0]])
             count = np.asarray(source.read(steps[0], index)).reshape(-1)[0]
             constants = constants | {"step": int(count)}
-        lacking = sorted({"b2", "eps", "step"} - constants.keys())
-        if lacking:
-            raise SecondMomentError(
-                f"{path} does not say Adam's {', '.join(lacking)} for {name}; pass them"
-            )
+        _check_lacking(path, name, constants)
         return constants | {"name": name, "shape": shapes[field], "source": source, "tensor": field}
 
     return state
@@ -190,14 +186,31 @@ def _of_torch(path: pathlib.Path, names, allow_torch: bool):
         if group.get("amsgrad"):
             raise SecondMomentError(f"{path}: AMSGrad's state is not supported")
         nu = entry[_FIELD].float().numpy()
-        stated = {"b2": group["betas"][1], "eps": group["eps"], "step": int(entry["step"])}
-        return (
-            stated
-            | constants
-            | {"name": name, "shape": nu.shape, "source": _Array(nu), "tensor": name}
-        )
+        constants = _stated_by_torch(entry, group) | constants
+        _check_lacking(path, name, constants)
+        moments = {"name": name, "shape": nu.shape, "source": _Array(nu), "tensor": name}
+        return constants | moments
 
     return state
+
+
+def _stated_by_torch(entry: dict, group: dict) -> dict[str, float]:
+    """Returns those of Adam's constants that a parameter's entry or its group has."""
+    # PyTorch counts the steps of each parameter, Apex's and DeepSpeed's FusedAdam those of a group.
+    both = group | entry
+    stated = {"step": int(both["step"])} if both.get("step") is not None else {}
+    if both.get("betas") is not None:
+        stated["b2"] = both["betas"][1]
+    return stated | ({"eps": both["eps"]} if both.get("eps") is not None else {})
+
+
+def _check_lacking(path: pathlib.Path, name: str, constants: dict) -> None:
+    """Checks that all constants of Adam's rule are known."""
+    if lacking := sorted({"b2", "eps", "step"} - constants.keys()):
+        raise SecondMomentError(
+            f"{path} does not say Adam's {', '.join(lacking)} for {name}; pass "
+            f"{', '.join(f'{k}=' for k in lacking)}"
+        )
 
 
 class _Array:

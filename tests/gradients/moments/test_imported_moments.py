@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -169,3 +171,40 @@ def test_pytorchs_numbers_go_by_names(model, tmp_path):
     torch.save({"weights": torch.ones(2)}, file)
     with pytest.raises(SecondMomentError, match="is not an optimizer's state_dict"):
         read(file, found, chosen, "adam", names=names, allow_torch=True)
+
+
+class _Tensor(np.ndarray):
+    """As much of PyTorch's tensor as is read."""
+
+    def float(self):
+        return self
+
+    def numpy(self):
+        return np.asarray(self)
+
+
+def test_pytorchs_step_may_be_of_the_group_or_an_argument(model, tmp_path, monkeypatch):
+    """Guards: a KeyError for a file of Apex's or DeepSpeed's FusedAdam, though step= is given."""
+    found, chosen = model
+    nu = moments()
+    state = {i: {"exp_avg_sq": x.view(_Tensor)} for i, x in enumerate(nu.values())}
+    group = {"params": list(state), "param_names": list(nu), "betas": (0.9, 0.95), "eps": 1e-6}
+    file = tmp_path / "optimizer.pt"
+    file.write_bytes(b"")
+
+    def read(group, **constants):
+        loaded = {"state": state, "param_groups": [group]}
+        monkeypatch.setitem(
+            sys.modules, "torch", types.SimpleNamespace(load=lambda *_, **__: loaded)
+        )
+        options = dict(allow_torch=True, **constants)
+        return imported_moments.read(file, found, chosen, "adam", **options)
+
+    check(read(group | {"step": 7}), nu, **ADAM)
+    check(read(group, step=7), nu, **ADAM)
+    bare = {"params": group["params"], "param_names": group["param_names"]}
+    check(read(bare, **ADAM), nu, **ADAM)
+    with pytest.raises(
+        SecondMomentError, match="does not say Adam's b2, eps, step for .*; pass b2="
+    ):
+        read(bare)
