@@ -10,6 +10,7 @@ from tda.data.rows import Query
 from tda.encoding import checks
 from tda.encoding.inputs import EncodedQueries, in_memory
 from tda.encoding.settings import TraceSettings
+from tda.gradients import argument_checks
 from tda.gradients.encoder import Encoder, make_encoder
 from tda.gradients.examples import encode_each
 from tda.gradients.unseen import count_examples
@@ -30,7 +31,7 @@ class BatchCorpus:
     """
 
     def __init__(self, passages, texts: Sequence[str] | None):
-        checks.check_batches("passages", passages)
+        argument_checks.check_batches("passages", passages)
         if isinstance(texts, str):
             raise ValueError("texts is a single string; give a list of the passages' texts")
         self.texts = texts
@@ -98,7 +99,7 @@ class BatchInputs:
 
     def encode_queries(self, queries, method: Method, joiner: str | None) -> EncodedQueries:
         """Encodes batches of queries; `joiner` is for texts."""
-        checks.check_batches("queries", queries)
+        argument_checks.check_batches("queries", queries)
         queries = list(queries)
         if not queries:
             raise ValueError("there are no queries: the iterable of batches is empty")

@@ -3,7 +3,7 @@
 import math
 import numbers
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,11 +16,11 @@ from tda.data.rows import is_whole
 from tda.data.tokens import TokenTable
 from tda.encoding.settings import TextSettings, TraceSettings
 from tda.gradients import examples
+from tda.gradients.argument_checks import check_batch, check_model, check_projection
 from tda.gradients.encoder import check_blocks
 from tda.gradients.factors import check_sites
 from tda.gradients.moments.scales import parse_correction
 from tda.gradients.pair_metrics import NOT_FACTORED
-from tda.gradients.projection import Projection
 from tda.gradients.unseen import count_examples
 from tda.methods import Method
 from tda.model import functional
@@ -46,10 +46,7 @@ def check_settings(settings: TraceSettings) -> None:
         raise ValueError(f"seed={seed!r}; give a whole number, 0 or more")
     if not (settings.mesh is None or isinstance(settings.mesh, jax.sharding.Mesh)):
         raise ValueError(f"mesh={settings.mesh!r}; give a jax.sharding.Mesh, or None")
-    if not isinstance(settings.projection, Projection):
-        raise ValueError(
-            f"projection={settings.projection!r}; give tda.Projection(side=16, pooling='matrix')"
-        )
+    check_projection(settings.projection)
     check_blocks(settings.model, settings.projection)
     for name in ("include", "exclude"):
         compile_pattern(name, settings.scope[name] or "")
@@ -145,27 +142,6 @@ def check_candidates(candidates: Any, rerank: int) -> None:
             f"candidates={candidates!r} has no effect without rerank; give a number, such as "
             "rerank=100"
         )
-
-
-def check_model(model: Any) -> None:
-    """Checks that the model is an NNX module.
-
-    Raises:
-        ValueError: it is not; the message says how to get one, if that is possible.
-    """
-    if isinstance(model, nnx.Module):
-        return
-    modules = {c.__module__.partition(".")[0] for c in type(model).__mro__}
-    if "flax" in modules:
-        remedy = (
-            "wrap a Linen module with its parameters: flax.nnx.bridge.ToNNX(module, rngs=nnx.Rngs(0"
-            ")).lazy_init(x), and give untapped='reference'"
-        )
-    elif modules & {"torch", "transformers"}:
-        remedy = "save its weights (save_pretrained) and load them with tda.load(directory)"
-    else:
-        remedy = "give a flax.nnx.Module, such as tda.load returns"
-    raise ValueError(f"model is a {type(model).__name__}, not an NNX module; {remedy}")
 
 
 def check_names(**arguments: Any) -> None:
@@ -274,20 +250,6 @@ def check_loss(settings: TraceSettings, batch: Any, label: str = "a batch") -> N
         raise ValueError(f"the loss has the dtype {shaped.dtype}; return floating-point numbers")
 
 
-def check_batches(label: str, batches: Any) -> None:
-    """Checks that an argument may be an iterable of batches.
-
-    Raises:
-        ValueError: it is a path or a text, a single batch, or not iterable.
-    """
-    if isinstance(batches, str | os.PathLike):
-        raise ValueError(f"{label} are a path; give the model's tokenizer too")
-    if isinstance(batches, Mapping):
-        raise ValueError(f"{label} is a single batch ({type(batches).__name__}); give [batch]")
-    if not isinstance(batches, Iterable):
-        raise ValueError(f"{label} is a {type(batches).__name__}; give an iterable of batches")
-
-
 class BatchChecks:
     """Checks batches one by one, and the loss once for each form of their arrays.
 
@@ -319,38 +281,6 @@ class BatchChecks:
         if form not in self._forms:
             check_loss(self._settings, batch, name)
             self._forms.add(form)
-
-
-def check_batch(label: str, batch: Any) -> None:
-    """Checks that a batch is a tree of arrays of numbers with the examples first.
-
-    Raises:
-        ValueError: it is not; the message names the array.
-    """
-    leaves = jax.tree_util.tree_leaves_with_path(batch)
-    if not leaves:
-        raise ValueError(f"{label} has no array: it is {type(batch).__name__}")
-    for path, leaf in leaves:
-        place = label + (f", at {jax.tree_util.keystr(path)}," if path else "")
-        if isinstance(leaf, str):
-            raise ValueError(
-                f"{place} is the text {leaf[:40]!r}; give the model's tokenizer to trace texts, or "
-                "leave texts out of the batches and give them as texts="
-            )
-        if not isinstance(leaf, np.ndarray | jax.Array):
-            remedy = "x.numpy()" if type(leaf).__module__.startswith("torch") else "numpy.asarray"
-            raise ValueError(
-                f"{place} is a {type(leaf).__module__}.{type(leaf).__name__}, not an array; "
-                f"convert it with {remedy}"
-            )
-        if not (jnp.issubdtype(leaf.dtype, jnp.number) or leaf.dtype == bool):
-            raise ValueError(
-                f"{place} is an array of {leaf.dtype}, not of numbers; leave it out, or convert it"
-            )
-    try:
-        count_examples(batch)
-    except ValueError as error:
-        raise ValueError(f"{label}: {error}") from error
 
 
 def check_query_gradients(gradients_QxE: np.ndarray, names: list[str]) -> None:

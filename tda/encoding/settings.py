@@ -115,11 +115,6 @@ class TraceSettings:
             return None
         if isinstance(self.moments.scales, SecondMoments):
             return self.moments.scales.scales(self.sites(), self.moments.correction)
-        if not isinstance(self.moments.scales, dict):
-            raise ValueError(
-                f"scales is of type {type(self.moments.scales).__name__}, not 1/√V by path of "
-                "parameter; for an optimizer's state give tda.second_moments(state, ...)"
-            )
         check_scales(self.moments.scales, self.sites())
         return self.moments.scales
 

@@ -160,21 +160,29 @@ def _take(batch, rows: np.ndarray):
     """Returns some examples of a batch, laid out on the devices as the batch is."""
 
     def take(x):
-        if not isinstance(x, jax.Array):
-            return np.asarray(x)[rows]
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            data = np.asarray(jax.random.key_data(x))[rows]
-            drawn = jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
-        else:
-            drawn = np.asarray(x)[rows]
-        return jax.device_put(drawn, x.sharding)
+        drawn = examples_of(x, rows)
+        return jax.device_put(drawn, x.sharding) if isinstance(x, jax.Array) else drawn
 
     return jax.tree.map(take, batch)
 
 
+def examples_of(x, rows: np.ndarray):
+    """Returns some rows of an array, not laid out as it is; typed PRNG keys stay keys."""
+    drawn = _numbers(x)[rows]
+    return jax.random.wrap_key_data(drawn, impl=jax.random.key_impl(x)) if _is_keys(x) else drawn
+
+
+def _is_keys(x) -> bool:
+    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _numbers(x) -> np.ndarray:
+    return np.asarray(jax.random.key_data(x) if _is_keys(x) else x)
+
+
 def _is_equal(batch, other) -> bool:
     pairs = zip(jax.tree.leaves(batch), jax.tree.leaves(other), strict=True)
-    return all(np.array_equal(x, y) for x, y in pairs)
+    return all(np.array_equal(_numbers(x), _numbers(y)) for x, y in pairs)
 
 
 def _flat(arrays) -> np.ndarray:

@@ -9,9 +9,10 @@ from flax import nnx
 from jax.tree_util import keystr
 
 from tda import loss as losses
-from tda.gradients import sites
+from tda.gradients import argument_checks, sites
 from tda.gradients.encoder import Encoder, make_encoder
 from tda.gradients.moments.scales import Scale
+from tda.gradients.moments.second_moments import SecondMoments
 from tda.gradients.projection import Projection
 from tda.gradients.unseen import count_examples
 
@@ -21,7 +22,7 @@ def per_example(
     loss: str | Callable,
     batches: Iterable,
     projection: Projection,
-    scales: dict[str, Scale] | None = None,
+    scales: dict[str, Scale] | SecondMoments | None = None,
     include: str | None = None,
     exclude: str | None = None,
     untapped: Literal["leave", "reference", "error"] = "leave",
@@ -36,16 +37,19 @@ def per_example(
             "margin" or "logit", for a model from tokens [B, T] to logits [B, T, V] and batches
             {"tokens", "targets", "weights"}, each [B, T].
         batches: trees of arrays (dicts with any keys, tuples), all with the batch as their first
-            axis. Compiled once for every shape.
+            axis, typed PRNG keys too. Compiled once for every shape.
         projection: P.
-        scales, include, exclude, untapped, tell: see `tda.gradients.encoder.make_encoder`.
+        scales: 1/√V by path of the parameter, or `tda.second_moments`, in its "factored" form; None
+            for no correction.
+        include, exclude, untapped, tell: see `tda.gradients.encoder.make_encoder`.
 
     Yields:
         float32 [B, E] for each batch, in order.
 
     Raises:
-        ValueError: `loss` is neither a function nor a name, or `make_encoder` raises it; with a
-            batch, also if its arrays are not of one length or the loss is not [B].
+        ValueError: an argument is of another type, and the message names it; or `make_encoder`
+            raises it; with a batch, also if it is not of arrays of numbers of one length, or the
+            loss is not [B].
         KeyError: `scales` lacks a parameter.
     """
 
@@ -56,6 +60,11 @@ def per_example(
             f"loss={loss!r}; give a function of the model and a batch, or one of "
             f"{', '.join(losses.OUTPUTS)}"
         )
+    argument_checks.check_model(model)
+    argument_checks.check_projection(projection)
+    argument_checks.check_batches("batches", batches)
+    if isinstance(scales, SecondMoments):
+        scales = scales.scales(sites.find_sites(model, include, exclude, untapped))
 
     def checked(model, batch):
         try:
@@ -67,7 +76,13 @@ def per_example(
     encoder = make_encoder(
         model, projection, scales, checked, include, exclude, untapped, tell=tell
     )
-    return encode_each(encoder, batches)
+    return encode_each(encoder, _each_checked(batches))
+
+
+def _each_checked(batches: Iterable) -> Iterator:
+    for number, batch in enumerate(batches):
+        argument_checks.check_batch(f"batch {number}", batch, allow_keys=True)
+        yield batch
 
 
 def name_missing_part(error: Exception, batch: Any, label: str = "a batch") -> None:

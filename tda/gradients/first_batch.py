@@ -20,7 +20,7 @@ from flax import nnx
 
 from tda.gradients import full_gradients
 from tda.gradients import projection as projections
-from tda.gradients.batch_mates import MatesCheck, is_local
+from tda.gradients.batch_mates import MatesCheck, examples_of, is_local
 from tda.gradients.projection import Projection
 from tda.gradients.sites import Site
 from tda.gradients.taps import Tap
@@ -161,7 +161,7 @@ class TapsCheck:
 
 def _example(batch, row: int):
     """Returns one example of a batch, not laid out as the batch is: devices cannot share it."""
-    return jax.tree.map(lambda x: np.asarray(x)[[row]], batch)
+    return jax.tree.map(lambda x: examples_of(x, np.array([row])), batch)
 
 
 class FirstBatch:

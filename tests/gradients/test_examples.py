@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+import tda
 from tda.gradients import Projection, left_out, per_example, projection, reference
 from tda.gradients.encoder import make_encoder
 from tda.gradients.moments import estimate
@@ -116,7 +117,7 @@ def test_errors():
         with pytest.raises(ValueError, match="neither summed nor averaged over the batch"):
             list(per_example(model, lambda m, b, r=reduce: r(loss(m, b)), [make_batch(2)], P))
     with pytest.raises(ValueError, match="examples as its first axis; got shapes"):
-        list(per_example(model, loss, [make_batch(2) | {"temperature": 0.7}], P))
+        list(per_example(model, loss, [make_batch(2) | {"temperature": np.array(0.7)}], P))
     with pytest.raises(ValueError, match="examples as its first axis; got shapes"):
         list(per_example(model, loss, [make_batch(2) | {"label": np.zeros(3, np.int32)}], P))
 
@@ -251,3 +252,52 @@ def test_a_mesh_with_explicit_axes(form):
 
         (got,) = per_example(model, loss, [shared], P, **scope)
     close(got, expected)
+
+
+def noisy_loss(model, batch):
+    noise = jax.vmap(lambda key: jax.random.normal(key, (5,)))(batch["key"])
+    return jnp.square(model.mlp(jnp.tanh(model.pixels(batch["x"])) + noise)).sum(-1)
+
+
+def test_a_batch_may_have_typed_keys():
+    """Guards: the checks of the first batch, which copied keys as if they were numbers."""
+    model, rng = Classifier(nnx.Rngs(0)), np.random.default_rng(0)
+    x, keys = rng.normal(size=(6, 4)).astype(np.float32), jax.random.split(jax.random.key(0), 6)
+    (got,) = per_example(model, noisy_loss, [{"x": x, "key": keys}], P, tell=False)
+    for i in range(6):
+        alone = {"x": x[i : i + 1], "key": keys[i : i + 1]}
+        (expected,) = per_example(model, noisy_loss, [alone], P, tell=False)
+        close(got[i], expected[0])
+
+
+def test_scales_may_be_an_optimizers_second_moments():
+    model, batch = Classifier(nnx.Rngs(0)), make_batch(3)
+    optimizer = nnx.Optimizer(model, optax.adam(0.1), wrt=nnx.Param)
+    optimizer.update(model, nnx.grad(lambda m: loss(m, batch).mean())(model))
+    moments = tda.second_moments(optimizer, optimizer="adam", b2=0.999, eps=1e-8)
+    (got,) = per_example(model, loss, [batch], P, moments, tell=False)
+    scales = moments.scales(find_sites(model))
+    (expected,) = per_example(model, loss, [batch], P, scales, tell=False)
+    np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": Classifier}, "model is the class Classifier; give an instance"),
+        ({"projection": None}, "projection=None; give tda.Projection"),
+        ({"scales": [1.0]}, "scales is of type list, not 1/√V by path"),
+        ({"batches": make_batch(2)}, r"batches is a single batch \(dict\); give \[batch\]"),
+        ({"batches": None}, "batches is a NoneType; give an iterable of batches"),
+        (
+            {"batches": [make_batch(2) | {"id": np.array(["a", "b"])}]},
+            r"batch 0, at \['id'\], is an array of <U1, not of numbers; leave it out",
+        ),
+    ],
+)
+def test_arguments_of_another_kind_are_named(changes, message):
+    arguments = dict(
+        model=Classifier(nnx.Rngs(0)), loss=loss, batches=[make_batch(2)], projection=P
+    )
+    with pytest.raises(ValueError, match=message):
+        list(per_example(**arguments | changes, tell=False))

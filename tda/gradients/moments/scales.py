@@ -47,8 +47,14 @@ def check_scales(scales: Mapping[str, Scale], chosen: Sequence[sites.Site]) -> N
 
     Raises:
         KeyError: a site has none.
-        ValueError: it is no `Scale`, or its arrays have other shapes; the message names the site.
+        ValueError: `scales` is no mapping, a scale is no `Scale`, or its arrays have other shapes;
+            the message names the site.
     """
+    if not isinstance(scales, Mapping):
+        raise ValueError(
+            f"scales is of type {type(scales).__name__}, not 1/√V by path of parameter; for an "
+            "optimizer's state give tda.second_moments(state, ...)"
+        )
     if missing := [s.path for s in chosen if s.path not in scales]:
         raise KeyError(f"scales has no 1/√V of {shorten(missing)}; it has {shorten([*scales])}")
     for site in chosen:
