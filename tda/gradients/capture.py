@@ -10,14 +10,16 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tda.gradients import batch_mates, full_gradients, taps, unseen
+from tda.gradients import argument_checks, batch_mates, full_gradients, taps, unseen
 from tda.gradients import projection as projections
 from tda.gradients.encoder import check_blocks, make_taps
 from tda.gradients.projection import Layout, Projection
 from tda.gradients.sites import find_sites, module_at, tell_coverage
+from tda.model import functional
 
 # The largest difference that rounding explains, as a share of the norm of all parts of a block.
 # Accelerators round float32 products to TF32 or bfloat16.
@@ -92,9 +94,11 @@ class Capture:
             example's own gradient over B.
 
         Raises:
-            ValueError: the loss uses a captured parameter where no tap sees it; the message names
-                the parameter.
+            ValueError: the loss uses a captured parameter where no tap sees it, and the message
+                names the parameter; the loss is no scalar; or the model is not like the one that
+                the capture was made with.
         """
+        self._check_model(model)
         tapped = taps.put_on(model, self._taps)
         graphdef, *states = nnx.split(tapped, taps.Zeros, nnx.Param, ...)
         # Pure dicts: merging makes variables of its own of them, which a trace may change.
@@ -102,8 +106,7 @@ class Capture:
         search = unseen.make_search(model, list(self._taps))
 
         def scalar(own_model: nnx.Module, batch: tuple) -> jax.Array:
-            value = loss(own_model, *batch)
-            return value[0] if has_aux else value
+            return _scalar(loss(own_model, *batch), has_aux)
 
         unseen.refuse(search(scalar, batch))
 
@@ -111,7 +114,7 @@ class Capture:
             own_model = nnx.merge(graphdef, zeros, params, rest)
             value = loss(own_model, *batch)
             changed = nnx.state(own_model, nnx.Not(nnx.Any(taps.Zeros, nnx.Param)))
-            return value[0] if has_aux else value, (value, changed)
+            return _scalar(value, has_aux), (value, changed)
 
         differentiate = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)
         (_, (value, changed)), (cotangents, gradients) = differentiate(
@@ -122,6 +125,18 @@ class Capture:
         state = jax.tree.map(lambda x: x, nnx.state(model, nnx.Param))
         nnx.replace_by_pure_dict(state, gradients)
         return value, state, projections.pool(self.layout, parts)
+
+    def _check_model(self, model: nnx.Module) -> None:
+        argument_checks.check_model(model)
+        arrays = functional.flat_parameters(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+        shapes = {path: tuple(x.shape) for path, x in arrays.items()}
+        for site in self._taps:
+            if shapes.get(site.path) != tuple(site.shape):
+                raise ValueError(
+                    f"the capture was made with a model whose {site.path} has the shape "
+                    f"{tuple(site.shape)}, and this model's is {shapes.get(site.path, 'missing')}; "
+                    "make a tda.Capture of the model that you train"
+                )
 
     def check(
         self,
@@ -149,6 +164,12 @@ class Capture:
             ValueError: the parts do not add up, and the message names the blocks; or the loss
                 reorders its examples.
         """
+        shape = jnp.shape(encodings_BxE) if isinstance(gradients, nnx.State) else None
+        if shape is None or len(shape) != 2 or shape[1] != self.layout.slices[-1].stop:
+            raise ValueError(
+                f"check got a {type(gradients).__name__} and a {type(encodings_BxE).__name__}; "
+                "give the gradients and then the encodings, as a call returns them"
+            )
         self._check_sum(gradients, encodings_BxE)
         if loss is None:
             return
@@ -196,6 +217,34 @@ class Capture:
                 "loss changes these parameters before it uses them, or their layer's product has a "
                 "backward rule of its own; leave them out with exclude="
             )
+
+
+def _scalar(value: Any, has_aux: bool) -> jax.Array:
+    """Returns the scalar that a loss returned, beside anything else if `has_aux`.
+
+    Raises:
+        ValueError: the loss returned something else.
+    """
+    is_pair = isinstance(value, tuple | list) and len(value) == 2
+    if has_aux and not is_pair:
+        raise ValueError(
+            f"has_aux=True, but the loss returns {_describe(value)}; return the loss and anything "
+            "else, or leave has_aux out"
+        )
+    loss = value[0] if has_aux else value
+    if isinstance(loss, tuple | list):
+        raise ValueError("the loss returns several values; pass has_aux=True, or return one number")
+    if not hasattr(loss, "shape") or loss.shape != ():
+        raise ValueError(
+            f"the loss is {_describe(loss)}; return one number, such as the mean of the examples' "
+            "losses"
+        )
+    return loss
+
+
+def _describe(value: Any) -> str:
+    kind = type(value).__name__
+    return f"an array of the shape {value.shape}" if hasattr(value, "shape") else f"a {kind}"
 
 
 def _without_taps(state: nnx.State, model: nnx.Module) -> nnx.State:

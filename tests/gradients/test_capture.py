@@ -259,3 +259,39 @@ def test_a_loss_whose_examples_stay_in_place_is_not_refused(kind):
     assert float(model.calls[...]) == before + 1
     with pytest.raises(ValueError, match="a loss alone; give the model and the batch"):
         capture.check(gradients, encodings, kind)
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "message"),
+    [
+        (squares, {}, r"the loss is an array of the shape \(8,\); return one number"),
+        (lambda m, b: (mean_squares(m, b), 1), {}, "several values; pass has_aux=True"),
+        (
+            mean_squares,
+            {"has_aux": True},
+            r"has_aux=True, but the loss returns an array of .* \(\)",
+        ),
+        (lambda m, b: None, {}, "the loss is a NoneType; return one number"),
+    ],
+)
+def test_a_loss_that_is_no_scalar_is_named(loss, options, message):
+    model = OnMesh(None)
+    with pytest.raises(ValueError, match=message):
+        tda.Capture(model, PROJECTION, tell=False)(loss, model, float_batch(), **options)
+
+
+def test_another_model_and_exchanged_arguments_are_named():
+    model, batch = OnMesh(None), float_batch()
+    capture = tda.Capture(model, PROJECTION, tell=False)
+    with pytest.raises(ValueError, match=r"first/kernel has the shape \(6, 8\), .* is missing"):
+        capture(mean_squares, nnx.Linear(6, 3, rngs=nnx.Rngs(0)), batch)
+    wider = OnMesh(None)
+    wider.first = nnx.Linear(7, 8, use_bias=False, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"this model's is \(7, 8\); make a tda.Capture of"):
+        capture(mean_squares, wider, batch)
+    with pytest.raises(ValueError, match="model is a function, not an NNX module"):
+        capture(model, mean_squares, batch)
+    _, gradients, encodings = capture(mean_squares, model, batch)
+    for wrong in ((encodings, gradients), (gradients, gradients), (gradients, encodings[:, 1:])):
+        with pytest.raises(ValueError, match="give the gradients and then the encodings, as a"):
+            capture.check(*wrong)
