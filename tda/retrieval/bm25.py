@@ -40,12 +40,7 @@ class Index:
         correct: dict[str, list[np.ndarray]] | None = None,
         withdrawn: Sequence[int] | np.ndarray = (),
     ) -> Ranked:
-        """Ranks passages by texts of queries, prompt and target.
-
-        Args:
-            queries, k, correct: as for `by_score.rank`.
-            withdrawn: rows that are never retrieved; all others score as if they were.
-        """
+        """Ranks passages by texts of queries, prompt and target; the rest as `by_score.rank`."""
         import bm25s
 
         # As words, since ids would be those of a vocabulary of the queries, not of the index.
@@ -55,10 +50,7 @@ class Index:
             for words in split:
                 # bm25s cannot score a query without a word that the index has.
                 known = [w for w in words if w in self._vocabulary]
-                scores_C = np.zeros(self._rows, np.float32)
-                if known:
-                    scores_C[:] = self._index.get_scores(known)
-                scores_C[np.asarray(withdrawn, np.int64)] = -np.inf
-                yield scores_C
+                zeros = np.zeros(self._rows, np.float32)
+                yield self._index.get_scores(known) if known else zeros
 
-        return by_score.rank(scores(), len(queries), k, correct)
+        return by_score.rank(scores(), len(queries), k, correct, withdrawn)

@@ -1,6 +1,6 @@
 """Rankings from scores of all passages, and the scores of controls, which ignore the query."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -13,6 +13,7 @@ def rank(
     count: int,
     k: int = 10,
     correct: dict[str, list[np.ndarray]] | None = None,
+    withdrawn: Sequence[int] | np.ndarray = (),
 ) -> Ranked:
     """Ranks the k best passages of each query, without opponents, which mean nothing here.
 
@@ -21,10 +22,15 @@ def rank(
         count: Q, the number of queries.
         k: number of proponents to keep.
         correct: for each set of labels, the correct rows of each query.
+        withdrawn: rows that are never retrieved, whatever their scores.
     """
     rows, best_scores = [], []
     ranks = {label: np.zeros(count, np.int64) for label in correct or {}}
     for q, scores_C in enumerate(scores):
+        if len(withdrawn):
+            # A copy: the caller may keep its scores.
+            scores_C = np.array(scores_C)
+            scores_C[np.asarray(withdrawn, np.int64)] = -np.inf
         best = top(scores_C, k)
         best_scores.append(scores_C[best])
         rows.append(np.where(best_scores[-1] > -np.inf, best, -1))

@@ -85,7 +85,7 @@ class Captured(Retriever):
             scores = self._scores(steps, np.stack(gradients))
             for name in of_steps:
                 of_method = itertools.islice(scores, len(queries))
-                ranked = by_score.rank(of_method, len(queries), k, queries.correct)
+                ranked = by_score.rank(of_method, len(queries), k, queries.correct, self.withdrawn)
                 results[name] = Result(ranked, {"checkpoints": list(steps)})
         return results
 
@@ -121,7 +121,6 @@ class Captured(Retriever):
                         product_RxQ = x_RxE[chosen] @ q_SxQxE[s].T
                         np.add.at(scores_CxQ, passages[at][counts][chosen], product_RxQ)
                     bar.update(len(piece))
-            scores_CxQ[self.withdrawn] = -np.inf
             yield from np.ascontiguousarray(scores_CxQ.T)
 
 

@@ -40,21 +40,13 @@ class _Control(Retriever):
 
     def search(self, queries, methods, k, on_progress=None):
         """See `Retriever`."""
-        withdrawn = self.withdrawn
-
-        def scores(method: Method):
-            for scores_C in self._scores(queries, method, on_progress):
-                # A copy: the scores of all passages serve later questions.
-                if len(withdrawn):
-                    scores_C = np.array(scores_C)
-                    scores_C[withdrawn] = -np.inf
-                yield scores_C
-
-        k = min(k, self.run.corpus.rows - len(withdrawn))
-        return {
-            name: Result(by_score.rank(scores(method), len(queries), k, queries.correct))
-            for name, method in methods.items()
-        }
+        k = min(k, self.run.corpus.rows - len(self.withdrawn))
+        results = {}
+        for name, method in methods.items():
+            scores = self._scores(queries, method, on_progress)
+            ranked = by_score.rank(scores, len(queries), k, queries.correct, self.withdrawn)
+            results[name] = Result(ranked)
+        return results
 
 
 class Random(_Control):

@@ -143,14 +143,8 @@ class SecondStage(Retriever):
     def _ranked(self, first: dict[str, Ranked], by_query, count: int, k: int, correct) -> Ranked:
         if first:
             return candidates.rank(next(iter(first.values())), by_query, k, correct)
-        withdrawn = self.withdrawn
-
-        def all_scores():
-            for _, scores_C in by_query:
-                scores_C[withdrawn] = -np.inf
-                yield scores_C
-
-        return by_score.rank(all_scores(), count, k, correct)
+        scores = (scores_C for _, scores_C in by_query)
+        return by_score.rank(scores, count, k, correct, self.withdrawn)
 
     def _make_factors(self, output: str) -> GradientFactors:
         kind = Method("").gradients
