@@ -226,7 +226,7 @@ def _by_correction(config) -> tuple[dict[str, list[methods.Method]], list[str]]:
     out: dict[str, list] = {}
     left_out = []
     chosen = methods.parse(config.methods)
-    for method in (chosen | first_stage.first_methods(config, chosen)).values():
+    for method in first_stage.with_first(config, chosen).values():
         if method.retriever != "gradient":
             continue
         if method.beyond_plain.keys() - {"evaluation"}:

@@ -35,7 +35,7 @@ def name_of(retrained: Retrained, name: str) -> str:
 def takes_captured(retrained: Retrained, name: str) -> bool:
     """Returns whether a method, or one that finds its candidates, ranks by captured gradients."""
     chosen = method_lib.parse(name)
-    chosen |= first_stage.first_methods(retrained.run.config, chosen)
+    chosen = first_stage.with_first(retrained.run.config, chosen)
     return any(method.retriever == "captured" for method in chosen.values())
 
 

@@ -23,7 +23,7 @@ def check(config) -> None:
         ValueError: it does not keep them.
     """
     chosen = method_lib.parse(config.methods)
-    for method in (chosen | first_stage.first_methods(config, chosen)).values():
+    for method in first_stage.with_first(config, chosen).values():
         if method.retriever == "captured" and not config.train.capture:
             raise ValueError(
                 f"{method.title} needs a training that keeps its examples' gradients; give "

@@ -48,6 +48,11 @@ def first_methods(config, chosen: dict[str, Method]) -> dict[str, Method]:
     return first
 
 
+def with_first(config, chosen: dict[str, Method]) -> dict[str, Method]:
+    """Returns the chosen methods and those that find their candidates; errors as above."""
+    return chosen | first_methods(config, chosen)
+
+
 def first_stage(run: Run, chosen: dict[str, Method]) -> Run | None:
     """Returns the run of the methods that find candidates; None if there are none."""
     first = first_methods(run.config, chosen)

@@ -164,7 +164,7 @@ def describe(config: ConfigDict, keys: Iterable[str]) -> list[str]:
             file do not count, since the command line may choose other methods.
     """
     named = methods.parse(config.methods)
-    chosen = list((named | first_stage.first_methods(config, named)).values())
+    chosen = list(first_stage.with_first(config, named).values())
     if not all(map(is_of_package, chosen)):
         return []  # a plugin may read any key
     lines = {}

@@ -171,7 +171,7 @@ def check_run(run: Run) -> None:
     """
     queries = len(run.corpus.queries)
     chosen = methods.parse(run.config.methods)
-    for method in (chosen | first_stage.first_methods(run.config, chosen)).values():
+    for method in first_stage.with_first(run.config, chosen).values():
         if method.retriever == "rerank":
             check_sites(run.sites(method.gradients))
         if not method.takes_gradients:
