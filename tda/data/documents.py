@@ -132,9 +132,7 @@ def _token_ids(record: Mapping, place: str) -> tuple[tuple[int, ...], tuple[bool
             except ValueError as error:  # lists of several lengths
                 raise CorpusError(f"{place}: {field!r} is not a list of whole numbers") from error
     ids = arrays.pop("input_ids", np.zeros(()))
-    if ids.ndim != 1 or not (np.issubdtype(ids.dtype, np.integer) or not len(ids)):
-        raise CorpusError(f"{place}: 'input_ids' are not a list of whole numbers")
-    check_token_ids(ids.tolist(), place)
+    _check_ids(ids, "'input_ids'", place)
     for field, values in arrays.items():
         if values.shape != ids.shape:
             raise CorpusError(f"{place}: {field!r} has another length than 'input_ids'")
@@ -162,10 +160,7 @@ def with_checked_tokens(document: Document, place: str) -> Document:
     """
     if document.tokens is None:
         return document
-    ids = _as_list(document.tokens)
-    if ids is None or not (np.issubdtype(ids.dtype, np.integer) or not len(ids)):
-        raise CorpusError(f"{place}: the tokens are not a list of whole numbers")
-    check_token_ids(ids.tolist(), place)
+    ids = _check_ids(_as_list(document.tokens), "the tokens", place)
     scored = None if document.scored is None else _as_list(document.scored)
     if document.scored is not None and (
         scored is None or scored.dtype != bool or len(scored) != len(ids)
@@ -175,6 +170,13 @@ def with_checked_tokens(document: Document, place: str) -> Document:
         )
     mask = None if scored is None else tuple(scored.tolist())
     return dataclasses.replace(document, tokens=tuple(ids.tolist()), scored=mask)
+
+
+def _check_ids(ids: np.ndarray | None, name: str, place: str) -> np.ndarray:
+    if ids is None or ids.ndim != 1 or not (np.issubdtype(ids.dtype, np.integer) or not len(ids)):
+        raise CorpusError(f"{place}: {name} are not a list of whole numbers")
+    check_token_ids(ids.tolist(), place)
+    return ids
 
 
 def _as_list(values) -> np.ndarray | None:
