@@ -22,6 +22,11 @@ def plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
+def python_value(value: Any) -> Any:
+    """Returns a number of numpy as Python's, which JSON and configs take; all else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def fingerprint(value: Any) -> str:
     """Returns a hash of a JSON value, 12 hexadecimal digits; the order of keys does not matter."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]

@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from tda import methods
 from tda.run import capturing, defaults, first_stage, train
 from tda.run.run import projection_of
-from tda.runtime.fingerprint import fingerprint, plain
+from tda.runtime.fingerprint import fingerprint, plain, python_value
 
 # Sections that do not affect a training. Points that differ in any other section do not share one.
 _AFTER_TRAINING = frozenset(
@@ -76,8 +76,7 @@ class Point:
         """Whether figures depend on the checkpoints that the training keeps on its way."""
         if self.is_board:  # a bank saves the checkpoints of its own training
             return False
-        chosen = methods.parse(self.config.methods)
-        chosen |= first_stage.first_methods(self.config, chosen)
+        chosen = first_stage.with_first(self.config, methods.parse(self.config.methods))
         return self.config.train.capture or any(m.several for m in chosen.values())
 
     @property
@@ -159,7 +158,7 @@ def _read(path: str) -> dict:
         raise ValueError(f"{path}: {problem}; get_sweep() returns axes, fixed and plots")
     for name in ("axes", "fixed"):
         _check_keys(contents[name], name, path)
-    contents["fixed"] = {key: _python_value(value) for key, value in contents["fixed"].items()}
+    contents["fixed"] = {key: python_value(value) for key, value in contents["fixed"].items()}
     return contents
 
 
@@ -187,12 +186,7 @@ def _python_values(values) -> list | None:
         return None
     if isinstance(values, np.ndarray) and not values.ndim:  # it is Iterable, and cannot be iterated
         return None
-    return [_python_value(value) for value in values]
-
-
-def _python_value(value):
-    """Returns a number of numpy as Python's, which JSON and the config take."""
-    return value.item() if isinstance(value, np.generic) else value
+    return [python_value(value) for value in values]
 
 
 def _with_values(config: ConfigDict, values: dict[str, Any], path: str) -> ConfigDict:

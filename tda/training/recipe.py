@@ -5,9 +5,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import optax
 
+from tda.runtime.fingerprint import python_value
 from tda.training import optimizer
 
 # What each number of a recipe may be, in words and as a test.
@@ -72,7 +72,7 @@ class TrainingRecipe:
     def __post_init__(self):
         for name in _ALLOWED:
             # Numbers of numpy are no JSON, in which a finished trace keeps its recipe.
-            object.__setattr__(self, name, _python_value(getattr(self, name)))
+            object.__setattr__(self, name, python_value(getattr(self, name)))
         if callable(self.learning_rate):
             raise ValueError(
                 "learning_rate of the recipe is a function; give the largest rate as a number, and "
@@ -105,8 +105,3 @@ class TrainingRecipe:
     def adam_constants(self) -> dict[str, float]:
         """The constants of Adam's moments, by name."""
         return {name: getattr(self, name) for name in ("b1", "b2", "eps", "eps_root")}
-
-
-def _python_value(value):
-    """Returns a number of numpy as Python's."""
-    return value.item() if isinstance(value, np.generic) else value
