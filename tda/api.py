@@ -147,8 +147,9 @@ def trace(
         directory: where tokens and gradients are stored; a killed call resumes if it is repeated
             with the same arguments. It serves several methods and corrections; methods with the
             same correction share their gradients. In memory if None.
-        mesh: the devices that the search and batches of texts are split over; one device if None.
-            Batches of your own are encoded on the devices that they are on.
+        mesh: the devices that the search and batches of texts are split over, as
+            `tda.runtime.sharding.make_mesh` gives it; one device if None. Batches of your own are
+            encoded on the devices that they are on.
         quiet: whether to show no progress.
 
     Returns:

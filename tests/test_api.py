@@ -6,6 +6,7 @@ import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -317,8 +318,9 @@ def test_the_same_tokens_cut_elsewhere_are_another_corpus(tmp_path):
 def test_many_devices_give_the_same(model, tokenizer, tmp_path):
     expected = call(model, tokenizer)
     mesh = sharding.make_mesh(data=4, fsdp=2)
-    for how in (dict(), dict(directory=tmp_path / "kept")):
-        found = call(model, tokenizer, mesh=mesh, **how)
+    alone = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    for how in (dict(mesh=mesh), dict(mesh=mesh, directory=tmp_path / "kept"), dict(mesh=alone)):
+        found = call(model, tokenizer, **how)
         for a, b in zip(found, expected, strict=True):
             assert [f.id for f in a.proponents] == [f.id for f in b.proponents]
             for f, g in zip(a.proponents, b.proponents, strict=True):

@@ -25,6 +25,7 @@ from tda.gradients.unseen import count_examples
 from tda.methods import Method
 from tda.model import functional
 from tda.retrieval.hessian_settings import HessianSettings
+from tda.runtime import sharding
 from tda.runtime.directories import check_directory
 from tda.runtime.patterns import compile_pattern
 
@@ -44,8 +45,7 @@ def check_settings(settings: TraceSettings) -> None:
     seed = settings.moments.seed
     if not is_whole(seed) or seed < 0:
         raise ValueError(f"seed={seed!r}; give a whole number, 0 or more")
-    if not (settings.mesh is None or isinstance(settings.mesh, jax.sharding.Mesh)):
-        raise ValueError(f"mesh={settings.mesh!r}; give a jax.sharding.Mesh, or None")
+    sharding.check_mesh(settings.mesh)
     check_projection(settings.projection)
     check_blocks(settings.model, settings.projection)
     for name in ("include", "exclude"):

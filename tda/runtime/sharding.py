@@ -48,6 +48,25 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
     return jax.make_mesh((data, fsdp, tensor), MESH_AXES, axis_types=auto, devices=devices)
 
 
+def check_mesh(mesh: Mesh | None) -> None:
+    """Checks that a mesh is None, or one that the axis rules can lay out arrays on.
+
+    Raises:
+        ValueError: it is no mesh, has an axis that no rule uses, or is not `Auto`.
+    """
+    if mesh is None:
+        return
+    remedy = "give one of tda.runtime.sharding.make_mesh, or None"
+    if not isinstance(mesh, Mesh):
+        raise ValueError(f"mesh={mesh!r}; {remedy}")
+    if unknown := [name for name in mesh.axis_names if name not in MESH_AXES]:
+        raise ValueError(
+            f"mesh has the axis {unknown[0]!r}, and axes may be {', '.join(MESH_AXES)}; {remedy}"
+        )
+    if any(kind != AxisType.Auto for kind in mesh.axis_types):
+        raise ValueError(f"mesh has axes of the types {mesh.axis_types}, not Auto; {remedy}")
+
+
 def spec(axes, shape=None, mesh: Mesh | None = None) -> PartitionSpec:
     """Returns the PartitionSpec of an array with the given logical axes.
 
@@ -79,7 +98,7 @@ def named(mesh: Mesh, axes, shape=None) -> NamedSharding:
 
 def batch_devices(mesh: Mesh) -> int:
     """Returns the devices that the batch axis is split over; they must divide batch sizes."""
-    return math.prod(mesh.shape[n] for n in RULES["batch"])
+    return math.prod(mesh.shape.get(n, 1) for n in RULES["batch"])
 
 
 def devices_of_batch(examples: int) -> int:

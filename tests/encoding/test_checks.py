@@ -103,7 +103,7 @@ SHAPE = r"the loss of \d examples has the shape"
         (dict(loss=lambda m, b: nats(m, b) * b["mask"]), "the loss reads 'mask', which a batch"),
         (dict(seed=-1), "seed=-1; give a whole number, 0 or more"),
         (dict(seed="x"), "seed='x'; give a whole number"),
-        (dict(mesh=3), "mesh=3; give a jax.sharding.Mesh"),
+        (dict(mesh=3), "mesh=3; give one of tda.runtime.sharding.make_mesh"),
         (dict(directory=5), "directory=5; give a string"),
         (dict(text_field=3), "text_field=3; give a string"),
         (dict(directory=""), "directory='' is empty; give a name"),

@@ -333,7 +333,7 @@ def test_arguments_are_plain_values(directory):
     [
         (dict(dtype="fp16"), "dtype='fp16'; use float32, bfloat16 or float16"),
         (dict(param_dtype="int8"), "param_dtype='int8'; use float32"),
-        (dict(mesh=3), "mesh=3; give a jax.sharding.Mesh"),
+        (dict(mesh=3), "mesh=3; give one of tda.runtime.sharding.make_mesh"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(directory, options, message):

@@ -37,6 +37,22 @@ def test_sizes_that_do_not_fit_the_devices_are_refused(sizes):
         sharding.make_mesh(**sizes)
 
 
+AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
+
+
+@pytest.mark.parametrize(
+    ("names", "kind", "message"),
+    [
+        (("data", "model"), AUTO, "the axis 'model', and axes may be data, fsdp, tensor; give one"),
+        (("data", "fsdp"), EXPLICIT, r"axes of the types \(.*Explicit.*\), not Auto; give one of"),
+    ],
+)
+def test_meshes_that_no_rule_fits_are_refused(names, kind, message):
+    mesh = jax.make_mesh((4, 2), names, axis_types=(kind, kind))
+    with pytest.raises(ValueError, match=message):
+        sharding.check_mesh(mesh)
+
+
 def test_axis_rules(mesh):
     assert sharding.spec(("batch", None)) == P(("data", "fsdp"), None)
     assert sharding.spec(("embed", "heads")) == P(("fsdp",), ("tensor",))

@@ -48,7 +48,8 @@ def load(
     Args:
         path: a directory with config.json and .safetensors files, a .gguf file, or the name of a
             package that holds one (`locate`).
-        mesh: devices that the parameters are laid out on; None for one device.
+        mesh: devices that the parameters are laid out on, of `tda.runtime.sharding.make_mesh`;
+            None for one device.
         dtype: dtype of the computation, "float32" or "bfloat16"; None for bfloat16 on accelerators
             and float32 on a CPU.
         param_dtype, scan, remat, attention: fields of `DecoderSettings`. Parameters are "float32"
@@ -65,8 +66,7 @@ def load(
     dtype = sharding.usual_dtype() if dtype is None else dtype
     for name, value in (("dtype", dtype), ("param_dtype", param_dtype)):
         _check_dtype(name, value)
-    if not (mesh is None or isinstance(mesh, jax.sharding.Mesh)):
-        raise ValueError(f"mesh={mesh!r}; give a jax.sharding.Mesh, or None")
+    sharding.check_mesh(mesh)
     described = inspect(path)
     changes = dict(
         dtype=dtype, param_dtype=param_dtype, scan=scan, remat=remat, attention=attention
