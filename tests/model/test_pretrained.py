@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 import tda
 from tda.model import functional, pretrained
 from tda.model.decoder import is_as_built
-from tda.model.pretrained import PretrainedError, tensors
+from tda.model.pretrained import PretrainedError, configurations, families, tensors
 from tda.runtime import sharding
 from tests.model import tiny_llama
 from tests.model.tiny_llama import CONFIG, D, F, H, K, L
@@ -220,6 +220,32 @@ def test_a_scaling_of_window_layers_is_refused(tmp_path, family):
     )
     with pytest.raises(PretrainedError, match=r"rope_parameters\['sliding_attention'\].*'linear'"):
         pretrained.inspect(model)
+
+
+def settings_of(architecture, **values):
+    config = configurations.Config(CONFIG | values, "config.json")
+    return families.FAMILIES[architecture].arguments(config)
+
+
+@pytest.mark.parametrize("older", [{}, dict(rope_local_base_freq=300.0)])
+@pytest.mark.parametrize("window", [{}, dict(sliding_attention=None)])
+def test_the_base_of_window_layers_is_not_that_of_the_others(older, window):
+    """Guards: Gemma 3's window layers with the base 1,000,000, where their own is not repeated."""
+    full = dict(full_attention=dict(rope_type="linear", rope_theta=2e6, factor=8.0))
+    values = dict(sliding_window=4, rope_parameters=full | window) | older
+    settings = settings_of("Gemma3ForCausalLM", **values)
+    expected = older.get("rope_local_base_freq", 10_000.0)
+    assert (settings["rope_base"], settings["window_rope_base"]) == (2e6, expected)
+
+
+def test_gpt2_may_state_its_sizes_by_the_usual_names():
+    """Guards: 12 heads, the default, where the file says another number, as transformers reads."""
+    usual = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=6)
+    settings = settings_of("GPT2LMHeadModel", **usual, max_position_embeddings=32)
+    names = ("width", "layers", "heads", "head_width", "max_positions")
+    assert [settings[name] for name in names] == [24, 2, 6, 4, 32]
+    settings = settings_of("GPT2LMHeadModel", **usual, n_head=3)
+    assert settings["heads"] == 3
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int32", "float8_e4m3fn"])

@@ -105,25 +105,27 @@ def olmo(c: Config) -> dict:
 def olmo3(c: Config) -> dict:
     """OLMo 3."""
     base = 500_000.0
-    window_base = rope(Config({}, c.path), base=base)["rope_base"]
-    if "sliding_attention" in c.get("rope_parameters", {}):
-        window_base = _window_rope_base(c, base)
+    window_base = _window_rope_base(c, base)
     c = c.with_defaults(sliding_window=4096)
     window = windows(c, lambda i: (i + 1) % 4 != 0)
     window |= dict(window_rope_base=window_base) if window else {}
     return olmo2(c) | rope(c, "full_attention", base) | window
 
 
-def _window_rope_base(c: Config, base: float = 10_000.0) -> float:
+def _window_rope_base(c: Config, base: float) -> float:
     """Returns the base of the rotary periods in layers with a window, which must be unscaled.
+
+    Args:
+        c: the configuration, whose `rope_theta` and `rope_scaling` are those of full attention.
+        base: the base where there is none in `rope_parameters`.
 
     Raises:
         PretrainedError: these layers have a scaling of their own.
     """
-    window = rope(c, "sliding_attention", base)
-    # Without an entry of their own the scaling is that of layers with full attention alone.
     stated = c.get("rope_parameters", {}).get("sliding_attention")
-    if stated and window["rope_scaling"] is not None:
+    of_full = {"rope_theta": None, "rope_scaling": None}
+    window = rope(Config(c.values | of_full | {"rope_parameters": stated}, c.path), base=base)
+    if window["rope_scaling"] is not None:
         kind = window["rope_scaling"]["kind"]
         raise PretrainedError(
             f"{c.path}: rope_parameters['sliding_attention'] has a rotary scaling of type "
@@ -204,9 +206,7 @@ def gemma3(c: Config) -> dict:
         sliding_window=4096,
     )
     pattern = c.get("sliding_window_pattern", 6)
-    window_rope_base = _window_rope_base(c)
-    if "rope_parameters" not in c.values:
-        window_rope_base = c.get("rope_local_base_freq", 10_000.0)
+    window_rope_base = _window_rope_base(c, c.get("rope_local_base_freq", 10_000.0))
     arguments = (
         _gemma_with_norms(c)
         | rope(c, "full_attention")
@@ -214,7 +214,7 @@ def gemma3(c: Config) -> dict:
         | dict(query_key_norm="head")
     )
     if "window" in arguments:
-        arguments["window_rope_base"] = float(window_rope_base)
+        arguments["window_rope_base"] = window_rope_base
     return arguments
 
 
@@ -238,11 +238,17 @@ def _of_gpt2(c: Config) -> dict:
 
 
 def gpt2(c: Config) -> dict:
-    """GPT-2."""
+    """GPT-2, whose sizes may have their usual names too."""
     for key in ("scale_attn_by_inverse_layer_idx", "add_cross_attention", "quantization_config"):
         c.refuse(key)
     c.refuse("scale_attn_weights", (None, True))
     c.refuse("reorder_and_upcast_attn", (None, False, True))  # scores are float32 in any case
+    c = c.with_defaults(
+        n_embd=c.get("hidden_size"),
+        n_layer=c.get("num_hidden_layers"),
+        n_head=c.get("num_attention_heads"),
+        n_positions=c.get("max_position_embeddings"),
+    )
     width, heads = c.count("n_embd", 768), c.count("n_head", 12)
     return dict(
         vocab_size=c.count("vocab_size", 50257),
