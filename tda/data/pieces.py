@@ -74,6 +74,8 @@ class Job:
     tokenizer: Any
     context: int
     folder: pathlib.Path
+    states: Mapping[str, FileState]
+    """The states of the corpus's files when the work began, by name; all turns must find these."""
 
 
 def part_batches(documents: Iterable[Document]) -> Iterator[tuple[int, list[Document]]]:
@@ -97,6 +99,9 @@ def make_parts(job: Job, turn: Turn, on_part: Callable[[int, int], None]) -> Non
         job: the corpus.
         turn: the share of a piece's parts.
         on_part: called after each part with the numbers of its documents and characters.
+
+    Raises:
+        CorpusError: a document cannot be used, or a file has changed since the work began.
     """
     finished = list_parts(job.folder).get(turn.piece, set())
     files = job.source.pieces[turn.piece].files
@@ -108,10 +113,10 @@ def make_parts(job: Job, turn: Turn, on_part: Callable[[int, int], None]) -> Non
         count = number + 1
         if number % turn.stride == turn.turn and number not in finished:
             on_part(*_make_part(job, turn.piece, number, (batch for _, batch in group)))
+    for name, state in read_states(paths).items():
+        state.check_unchanged(job.states[name], paths[name])
     if turn.turn:
         return
-    for name, state in read_states(paths).items():
-        state.check_unchanged(states[name], paths[name])
     end = PieceEnd(count, job.source.skipped, states)
     atomic_file.write_json(job.folder / f"{turn.piece:06d}.json", end.as_json())
 

@@ -115,7 +115,7 @@ def tokenise_on_disk(
     if getattr(tokenizer, "chat", None) is not None:
         provenance["chat template"] = fingerprint(dataclasses.astuple(tokenizer.chat))
     index = directory / "corpus.json"
-    job = Job(source, tokenizer, context, directory / "parts")
+    job = Job(source, tokenizer, context, directory / "parts", read_states(source.files))
     with engine.alone():
         is_finished = processes.on_first_process(
             "look for tokens", lambda: _begin(directory, provenance, source)

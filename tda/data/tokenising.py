@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import IO, cast
 
 from tda.data.corpora import Corpus
+from tda.data.file_states import FileState
 from tda.data.folders import CorpusError
 from tda.data.pieces import Job, Source, Turn, make_parts
 from tda.data.pretrained_tokenizer import PretrainedTokenizer
@@ -136,6 +137,7 @@ def _describe_job(job: Job) -> str | None:
         "tokenizer": job.tokenizer.as_json(),
         "context": job.context,
         "folder": os.path.abspath(job.folder),
+        "states": {name: dataclasses.astuple(state) for name, state in job.states.items()},
     }
     return json.dumps(fields) + "\n"
 
@@ -156,7 +158,9 @@ def _read_job(line: str | bytes) -> Job:
     if _identify_pieces(source) != fields["pieces"]:
         raise CorpusError(f"the files of {source.source} were changed; repeat the command")
     tokenizer = PretrainedTokenizer.from_json(fields["tokenizer"])
-    return Job(source, tokenizer, fields["context"], pathlib.Path(fields["folder"]))
+    states = {name: FileState(*state) for name, state in fields["states"].items()}
+    folder = pathlib.Path(fields["folder"])
+    return Job(source, tokenizer, fields["context"], folder, states)
 
 
 class _Worker:

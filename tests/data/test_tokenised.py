@@ -12,6 +12,7 @@ import pytest
 from tda.data import corpora, long_texts, names, part_files, parts, pieces, tokenised, tokenising
 from tda.data.chats import ChatTemplate
 from tda.data.corpora import Corpus, CorpusError, Document
+from tda.data.file_states import read_states
 from tda.data.parts import Counts, Part
 from tda.data.pretrained_tokenizer import PretrainedTokenizer
 from tda.data.rows import parse_passages
@@ -188,7 +189,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tokenizer, tmp_path, monkeypatch
 
 def test_a_turn_makes_its_own_parts(tokenizer, tmp_path):
     """Guards: workers that each make all parts of a piece."""
-    job = pieces.Job(Listed(), tokenizer, 24, tmp_path)
+    job = pieces.Job(Listed(), tokenizer, 24, tmp_path, {})
     made = []
     pieces.make_parts(job, pieces.Turn(0, 1, 3), lambda *part: made.append(part))
     assert pieces.list_parts(tmp_path) == {0: {1, 4, 7}} and len(made) == 3
@@ -248,13 +249,14 @@ def test_a_worker_gets_its_job_as_json(tmp_path):
     chat = ChatTemplate("{{ messages }}", (("bos_token", "<s>"),))
     pretrained = PretrainedTokenizer(byte_level(), begin=[0], pad=3, parse_special=True, chat=chat)
     for tokenizer in (Tokenizer.train(TEXTS, 320), pretrained):
-        job = pieces.Job(source, tokenizer, 24, tmp_path)
+        states = read_states(source.files)
+        job = pieces.Job(source, tokenizer, 24, tmp_path, states)
         read = tokenising._read_job(json.dumps(json.loads(tokenising._describe_job(job))))
         for name in ("begin", "end", "eos", "pad", "parse_special", "chat"):
             assert getattr(read.tokenizer, name) == getattr(tokenizer, name)
         texts = [*TEXTS, "<eos> <bos> <s>"]
         assert read.tokenizer.encode_spans(texts) == tokenizer.encode_spans(texts)
-        assert (read.context, read.folder) == (24, tmp_path)
+        assert (read.context, read.folder, read.states) == (24, tmp_path, states)
         assert read.source.describe() == source.describe()
         assert list(read.source) == list(source)
     write_lines('{"body": "<eos> xyz"}\n')
@@ -405,6 +407,27 @@ def test_a_file_that_changed_before_the_end_is_tokenised_again(tmp_path, monkeyp
         corpus = Corpus(files[0].parent)
         tokenised.tokenise_on_disk(tmp_path / place, corpus, tokenizer, 24)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_a_file_that_changed_between_two_turns_is_refused(tokenizer, tmp_path, order):
+    """Guards: parts of two versions of a file in one table, which two processes read."""
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS * 9))
+
+    class Task(Engine):
+        programs = 2
+
+        def compute(self, work):
+            work.compute(order[:1])
+            file.write_text("".join(json.dumps({"text": t + "!"}) + "\n" for t in TEXTS * 9))
+            work.compute(order[1:])
+
+    with pytest.raises(CorpusError, match="a.jsonl was changed while it was read; repeat"):
+        tokenised.tokenise_on_disk(tmp_path / "a", Corpus(file), tokenizer, 24, Task())
+    table, _ = tokenised.tokenise_on_disk(tmp_path / "a", Corpus(file), tokenizer, 24)
+    expected, _ = tokenised.tokenise_on_disk(tmp_path / "b", Corpus(file), tokenizer, 24)
+    assert table.fingerprint() == expected.fingerprint()
 
 
 def test_a_file_that_moved_to_another_piece_is_tokenised_again(tmp_path, monkeypatch):
