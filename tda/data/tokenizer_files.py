@@ -71,6 +71,8 @@ _RULES = {
     "LlamaTokenizer": _ClassRules(_LLAMA_TOKENS, puts_prefix=True),
     "Qwen2Tokenizer": _ClassRules(_QWEN_TOKENS, puts_prefix=False),
 }
+# What a file may state of a token beside its content.
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 # The class of transformers that follows tokenizer.json alone.
 _PLAIN = "TokenizersBackend"
 # The classes that belong to models, by `model_type` in config.json.
@@ -270,7 +272,10 @@ def _add_tokens(file, inner, config: dict, names: dict[str, str], listed: dict) 
             )
     known = {token.content for token in inner.get_added_tokens_decoder().values()}
     absent = [t for t in dict.fromkeys([*names.values(), *map(_content, extra)]) if t not in known]
-    inner.add_tokens([AddedToken(token, special=True) for token in absent])
+    stated_flags = {_content(t): t for t in [*config.values(), *extra] if isinstance(t, dict)}
+    for token in absent:
+        flags = {k: v for k, v in stated_flags.get(token, {}).items() if k in _FLAGS}
+        inner.add_tokens([AddedToken(token, special=True, **flags)])
 
 
 def _prefix_changes(inner: tokenizers.Tokenizer, is_put: bool) -> dict[str, dict | None]:

@@ -150,6 +150,16 @@ def test_tokens_of_every_file_are_added(tmp_path):
         PretrainedTokenizer.load(tmp_path)
 
 
+@pytest.mark.parametrize("place", ["mask_token", "extra_special_tokens"])
+def test_a_special_token_keeps_what_the_configuration_states_of_it(tmp_path, place):
+    """Guards: a space that is a token of its own, where transformers counts it to the next."""
+    token = {"__type": "AddedToken", "content": "<mask>", "lstrip": True, "special": True}
+    listed = [token] if place == "extra_special_tokens" else token
+    directory = write(tmp_path, byte_level(), **NAMES, **{place: listed})
+    (ids,) = PretrainedTokenizer.load(directory, parse_special=True).encode(["a  <mask>b"])
+    assert ids == [*byte_level().encode("a").ids, 320, *byte_level().encode("b").ids]
+
+
 def test_special_tokens_count_as_the_models_only_if_used(tmp_path):
     """Guards: Gemma 3's text model refused for an image token that no text has."""
     directory = write(tmp_path, byte_level(), **NAMES, extra_special_tokens=["<image>"])
