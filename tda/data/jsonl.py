@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import os
+import re
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,8 @@ Paths = Path | Sequence[Path]
 OnUndecodable = Callable[[str], None] | None
 
 _GZIP_MAGIC = b"\x1f\x8b"
-_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+# Also of a file that begins with a skippable frame, as pzstd writes them (RFC 8878, 3.1.2).
+_ZSTD_MAGIC = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")
 
 
 class RecordError(ValueError):
@@ -179,7 +181,7 @@ def _decompressed(raw: BinaryIO) -> BinaryIO:
     raw.seek(0)
     if magic[:2] == _GZIP_MAGIC:
         return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
-    if magic == _ZSTD_MAGIC:
+    if _ZSTD_MAGIC.match(magic):
         return cast(BinaryIO, io.BufferedReader(_Zstd(raw), 1 << 20))
     return raw
 

@@ -290,6 +290,9 @@ def test_other_forms_of_files(tmp_path):
     rows = lines.splitlines(keepends=True)
     frames = [zstandard.compress(b"".join(x)) for x in (rows[:2], rows[2:])]
     (tmp_path / "a.jsonl.zst").write_bytes(b"".join(frames))
+    # pzstd puts a frame that decoders skip, with the size of the next, before each.
+    sized = [b"\x50\x2a\x4d\x18\4\0\0\0" + len(f).to_bytes(4, "little") + f for f in frames]
+    (tmp_path / "sized.jsonl.zst").write_bytes(b"".join(sized))
     (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + lines)
     (tmp_path / "array.json").write_text(json.dumps(ROWS, indent=1))
     (tmp_path / "array.json.gz").write_bytes(gzip.compress(json.dumps(ROWS).encode()))
@@ -298,7 +301,8 @@ def test_other_forms_of_files(tmp_path):
             table = csv.DictWriter(out, list(ROWS[0]), delimiter=tab)
             table.writeheader()
             table.writerows(ROWS)
-    for name in ("a.jsonl.zst", "bom.jsonl", "array.json", "array.json.gz", "a.csv", "a.tsv"):
+    names = ("a.jsonl.zst", "sized.jsonl.zst", "bom.jsonl", "array.json", "array.json.gz")
+    for name in (*names, "a.csv", "a.tsv"):
         assert list(corpora.Corpus(tmp_path / name)) == DOCUMENTS, name
     (tmp_path / "a.jsonl.zst").write_bytes(b"".join(frames)[:-9])
     with pytest.raises(ValueError, match="a.jsonl.zst, after line 2: .* truncated or damaged"):
