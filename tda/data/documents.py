@@ -21,6 +21,15 @@ _TOKEN_IDS = ("input_ids", "attention_mask", "labels")
 _CHAT = ("messages",)
 
 
+class UndecodableError(CorpusError):
+    """A record that is not UTF-8."""
+
+    @classmethod
+    def at(cls, place: str, error: UnicodeDecodeError) -> "UndecodableError":
+        """Returns the error of a record's place, given that of Python."""
+        return cls(f"{place}: not UTF-8 ({error.reason} at byte {error.start})")
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Document:
     """A document of a corpus.
@@ -203,7 +212,7 @@ def _decoded(text: bytes, place: str) -> str:
     try:
         return text.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise CorpusError(f"{place}: not UTF-8 ({error.reason} at byte {error.start})") from error
+        raise UndecodableError.at(place, error) from error
 
 
 def is_missing(value) -> bool:

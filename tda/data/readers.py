@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tda.data import jsonl
-from tda.data.documents import Document, columns_of, document_of
+from tda.data.documents import Document, UndecodableError, columns_of, document_of
 from tda.data.folders import CorpusError
 from tda.data.jsonl import half_character
 
@@ -123,17 +123,24 @@ def _rows(batches, file: str, text_field, id_field, on_undecodable=None) -> Iter
         except UnicodeDecodeError:
             records = None  # row by row, to find which
         for row in range(batch.num_rows):
+            place = f"{file}:{i}"
             try:
-                record = records[row] if records else batch.slice(row, 1).to_pylist()[0]
-            except UnicodeDecodeError as error:
-                message = f"{file}, row {i}: not UTF-8 ({error.reason} at byte {error.start})"
+                record = records[row] if records else _decode_row(batch, row, place)
+                document = document_of(record, place, place, text_field, id_field)
+            except UndecodableError as error:
                 if on_undecodable is None:
-                    raise CorpusError(message) from error
-                on_undecodable(message)
+                    raise
+                on_undecodable(str(error))
             else:
-                place = f"{file}:{i}"
-                yield document_of(record, place, place, text_field, id_field)
+                yield document
             i += 1
+
+
+def _decode_row(batch, row: int, place: str) -> dict:
+    try:
+        return batch.slice(row, 1).to_pylist()[0]
+    except UnicodeDecodeError as error:
+        raise UndecodableError.at(place, error) from error
 
 
 def datasets_files(path: pathlib.Path, split: str) -> list[str]:

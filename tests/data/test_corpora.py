@@ -373,14 +373,15 @@ def test_what_is_not_utf_8_is_named_or_skipped_and_counted(tmp_path):
             assert [d.id for d in found] == [f"{name}:0", f"{name}:2"]
 
 
-def test_rows_of_parquet_that_are_not_utf_8(tmp_path):
+@pytest.mark.parametrize("kind", ["string", "binary"])
+def test_rows_of_parquet_that_are_not_utf_8(tmp_path, kind):
     arrow()
     import pyarrow.parquet
 
     binary = pyarrow.array([b"Oslo", b"\xff", b"Rome"], pyarrow.binary())
-    table = pyarrow.table({"text": binary.view(pyarrow.string())})
+    table = pyarrow.table({"text": binary.view(getattr(pyarrow, kind)())})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    with pytest.raises(CorpusError, match="a.parquet, row 1: not UTF-8"):
+    with pytest.raises(CorpusError, match="a.parquet:1: not UTF-8"):
         list(corpora.Corpus(tmp_path / "a.parquet"))
     with pytest.warns(UserWarning, match="1 records"):
         found = list(corpora.Corpus(tmp_path / "a.parquet", undecodable="skip"))
