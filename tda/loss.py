@@ -5,6 +5,8 @@ target tokens of a query, never padding. Logits of any dtype are cast to float32
 the log of a sum over the vocabulary keeps two or three digits.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -57,9 +59,11 @@ def output(name: str):
     return OUTPUTS[name]
 
 
-def of_examples(name: str):
-    """Returns a function from a model and a batch to `output(name)` of each example, [B]."""
-    output_fn = output(name)
+def of_examples(loss: str | Callable) -> Callable:
+    """Returns `output(loss)` as a function of a model and a batch, [B]; `loss` if it is one."""
+    if callable(loss):
+        return loss
+    output_fn = output(loss)
 
     def example_losses(model, batch: dict):
         logits_BxTxV = model(batch["tokens"])

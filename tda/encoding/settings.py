@@ -100,8 +100,7 @@ class TraceSettings:
 
     def example_losses(self, model, batch) -> jax.Array:
         """Returns the loss of each example of a batch, [B]."""
-        example_losses = self.loss if callable(self.loss) else losses.of_examples(self.loss)
-        return example_losses(model, batch)
+        return losses.of_examples(self.loss)(model, batch)
 
     def total_loss(self, model, batch) -> jax.Array:
         """Returns the losses of a batch, [B], or their sum, [1], if that saves memory."""

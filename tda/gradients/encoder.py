@@ -193,7 +193,7 @@ def _make_checked(
     # The decoder computes each example by itself, and so do the losses that have a name.
     if isinstance(output, str) and is_as_built(model):
         return encoder
-    example_losses = losses.of_examples(output) if isinstance(output, str) else output
+    example_losses = losses.of_examples(output)
 
     def without_taps(wrong: list[Site]) -> Encoder:
         changed = [dataclasses.replace(s, tapped=s.tapped and s not in wrong) for s in sites]

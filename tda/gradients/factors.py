@@ -70,7 +70,7 @@ class GradientFactors:
         self._compiled, self._variables = jax.jit(self._factors), variables
         # The decoder calls each layer once, and so its factors are known to be right.
         is_known = isinstance(output, str) and is_as_built(model)
-        self._check = None if is_known else _Check(model, sites, _of_examples(output))
+        self._check = None if is_known else _Check(model, sites, losses.of_examples(output))
 
     def _uses(self, site: Site) -> tuple[str, ...]:
         return ("look_up", "attend") if site.path in self.tables else ("product",)
@@ -147,17 +147,13 @@ class GradientFactors:
         return factors
 
 
-def _of_examples(output: str | Callable) -> Callable:
-    return losses.of_examples(output) if isinstance(output, str) else output
-
-
 def _make_total(output: str | Callable, is_head: bool) -> Callable:
     """Returns a function from a model and a batch to the sum of its examples' losses."""
     if isinstance(output, str) and not is_head:
         output_fn = losses.output(output)
         return lambda own_model, batch: losses.total(own_model, batch, output_fn)
     # A head's factors are of the whole sequence, not of pieces of it.
-    example_losses = _of_examples(output)
+    example_losses = losses.of_examples(output)
 
     def total(own_model: nnx.Module, batch) -> jax.Array:
         loss_B = example_losses(own_model, batch)
