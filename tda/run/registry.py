@@ -14,16 +14,6 @@ from tda.run.retrievers import Dense, Hidden, Retriever, Words
 from tda.run.run import Run
 from tda.run.second_stage import SecondStage
 
-
-def _second_stage(run: Run) -> Retriever:
-    # Its candidates come from other retrievers.
-    return SecondStage(run, retriever_of)
-
-
-def _fusion(run: Run) -> Retriever:
-    return Fusion(run, retriever_of)
-
-
 # Each function, or class, returns the retriever of a run.
 RETRIEVERS: dict[str, Callable[[Run], Retriever]] = {
     "gradient": Gradients,
@@ -36,8 +26,9 @@ RETRIEVERS: dict[str, Callable[[Run], Retriever]] = {
     "random": Random,
     "length": Length,
     "gradient_norm": GradientNorm,
-    "rerank": _second_stage,
-    "rrf": _fusion,
+    # Their candidates come from other retrievers.
+    "rerank": lambda run: SecondStage(run, retriever_of),
+    "rrf": lambda run: Fusion(run, retriever_of),
 }
 _OF_PACKAGE = frozenset(RETRIEVERS.values())
 # Installed packages list their plugin modules in this group of entry points.
