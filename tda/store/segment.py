@@ -116,17 +116,15 @@ class Segment:
         """
         if self.new_passages is not None:
             self.new_passages.write_records(self.location, self.rows_of(shard))
-
-        def chunk(start: int) -> tuple[np.ndarray, int]:
-            return self._chunk(values[start : start + self.chunk_rows])
-
+        starts = range(0, len(values), self.chunk_rows)
+        chunks = (values[start : start + self.chunk_rows] for start in starts)
         name = f"c.{shard}.0"
         with (
             shard_file.writing(self.location / "gradients", name, self._layout.chunks) as file,
             ThreadPoolExecutor(2) as ahead,
         ):
             # The checksums of the next chunks are computed while one is written.
-            for chunk_and_checksum in ahead.map(chunk, range(0, len(values), self.chunk_rows)):
+            for chunk_and_checksum in ahead.map(self._chunk, chunks):
                 file.add(*chunk_and_checksum)
         return ~np.isfinite(codec.marks(values, self.form))
 
