@@ -52,7 +52,6 @@ def per_example(
             loss is not [B].
         KeyError: `scales` lacks a parameter.
     """
-
     if isinstance(loss, str):
         loss = losses.of_examples(loss)
     if not callable(loss):

@@ -74,7 +74,6 @@ def covariances(
     Raises:
         ValueError: no position counts, or the loss uses a parameter where no tap sees it.
     """
-
     empty = {s: (_zeros(s, s.rows, s.rows), _zeros(s, s.columns, s.columns)) for s in chosen}
     sums, count = _sum_over_batches(model, empty, {}, batches, labels)
     positions = count["positions"]
@@ -128,7 +127,6 @@ def corrected(
         ValueError: no example counts, the loss uses a parameter where no tap sees it, or a layer is
             called several times.
     """
-
     by_site = {
         s: (jnp.asarray(bases[s.path].left), jnp.asarray(bases[s.path].right)) for s in chosen
     }

@@ -93,11 +93,10 @@ def ones(chosen: list[sites.Site], correction: str) -> dict[str, Scale] | None:
         return None
     scales = {}
     for s in chosen:
-        stack = () if s.stack is None else (s.stack,)
         if name == "adam":
-            scales[s.path] = Scale(full=jnp.ones((*stack, s.rows, s.columns)))
+            scales[s.path] = Scale(full=jnp.ones((*s.stack_shape, s.rows, s.columns)))
         else:
-            left, right = ((*stack, rank or 1, n) for n in (s.rows, s.columns))
+            left, right = ((*s.stack_shape, rank or 1, n) for n in (s.rows, s.columns))
             scales[s.path] = Scale(jnp.ones(left), jnp.ones(right))
     return scales
 

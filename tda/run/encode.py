@@ -174,7 +174,6 @@ def missing_stores(run: Run, kind: GradientKind, name: str, step: int | None = N
 def ranking_provenance(run: Run, kind: GradientKind, step: int | None = None) -> list:
     """Returns the values of a kind's gradients that a ranking depends on, as JSON values."""
     path = run.store_path("corpus", kind, step)
-
     withdrawn = processes.on_first_process(
         "look for withdrawn passages", lambda: stores.withdrawn(path).tolist()
     )

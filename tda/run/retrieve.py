@@ -60,7 +60,6 @@ def retrieve(run: Run) -> tuple[dict[str, Ranked], dict]:
         retriever = retrievers[next(iter(group.values())).searched_by]
         later = [m for other in groups[i + 1 :] for m in other.values()]
         retriever.prepare(group, later)
-
         _search(run, retriever, group, files)
         retriever.release(group)
     notes = processes.on_first_process("read notes", lambda: _notes(files))
@@ -226,11 +225,9 @@ def _groups(todo: dict[str, Method], retrievers: dict[str, Retriever]) -> list[d
 
 def _is_begun(run: Run, kind: GradientKind) -> bool:
     path = run.store_path("corpus", kind)
-
-    def look():
-        return stores.exists(path) and not stores.finished(path)
-
-    return processes.on_first_process("look for an unfinished store", look)
+    return processes.on_first_process(
+        "look for an unfinished store", lambda: stores.exists(path) and not stores.finished(path)
+    )
 
 
 def _file(run: Run, retriever: Retriever, method: Method) -> pathlib.Path:
