@@ -9,7 +9,7 @@ from tda.plan.setting import Setting
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What a plan's seconds are of: named hardware at a share of its peak, or this machine."""
+    """The machine that a plan times: named hardware at a share of its peak, or this one."""
 
     hardware: chips.Hardware | None
     """The named hardware; None for this machine."""

@@ -34,7 +34,7 @@ def steps_of(run: Run, method: Method) -> list[int]:
 
 
 def steps_before_last(saved: range, count: int) -> list[int]:
-    """Returns up to `count` − 1 of the saved steps at even distances; the last step is apart."""
+    """Returns up to `count` − 1 of the saved steps at even distances; the caller adds the last."""
     places = {min(round(i * len(saved) / count), len(saved) - 1) for i in range(1, count)}
     return [saved[i] for i in sorted(places) if saved]
 

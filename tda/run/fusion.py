@@ -28,7 +28,7 @@ class Fusion(Retriever):
         return self._first.lacks(method)
 
     def provenance(self, method):
-        """Returns the names of the rankings that are joined, and what of them is."""
+        """Returns the names of the joined rankings, of which only matches count."""
         return [self._first.ranking_names(method), "matches"]
 
     def search(self, queries, methods, k, on_progress=None):

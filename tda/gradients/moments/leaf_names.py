@@ -1,4 +1,4 @@
-"""What the path name of an optimizer's leaf says: the parameter it is of, and the part's label."""
+"""Reads the path name of an optimizer's leaf: its parameter, and the label of its part."""
 
 import itertools
 
