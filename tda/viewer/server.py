@@ -26,6 +26,7 @@ from tda.viewer.jobs import Jobs
 from tda.viewer.results_file import to_json
 
 _BODY_LIMIT = 1 << 20
+# Bytes of an upload at most, and of a download.
 UPLOAD_LIMIT = 4 << 30
 _TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -78,7 +79,6 @@ def create_app(
     live: Live | None = None,
     hosts: tuple[str, ...] = ("127.0.0.1", "localhost", "::1"),
     allow_urls: bool = False,
-    upload_limit: int = UPLOAD_LIMIT,
 ):
     """Returns the viewer as an ASGI application.
 
@@ -88,15 +88,14 @@ def create_app(
         hosts: host names of the viewer; requests under other names are refused.
         allow_urls: whether the page may fetch results from a URL; otherwise no request leaves the
             machine.
-        upload_limit: largest upload in bytes.
     """
-    return _App(collection, live, hosts, allow_urls, upload_limit).asgi()
+    return _App(collection, live, hosts, allow_urls).asgi()
 
 
 class _App:
-    def __init__(self, collection, live, hosts, allow_urls, upload_limit):
-        self._collection, self._live, self._hosts = collection, live, hosts
-        self._allow_urls, self._upload_limit = allow_urls, upload_limit
+    def __init__(self, collection, live, hosts, allow_urls):
+        self._collection, self._live = collection, live
+        self._hosts, self._allow_urls = hosts, allow_urls
         # 192 random bits, which nobody can guess.
         self._token = secrets.token_urlsafe(24)
         self._static = static_files()
@@ -189,10 +188,8 @@ class _App:
             try:
                 async for part in request.stream():
                     size += len(part)
-                    if size > self._upload_limit:
-                        raise HTTPException(
-                            413, f"the file is larger than {self._upload_limit:,} bytes"
-                        )
+                    if size > UPLOAD_LIMIT:
+                        raise HTTPException(413, f"the file is larger than {UPLOAD_LIMIT:,} bytes")
                     await run_in_threadpool(upload.write, part)
             except ClientDisconnect as error:
                 raise HTTPException(400, "the upload was broken off") from error
@@ -206,7 +203,7 @@ class _App:
             raise HTTPException(403, "start the viewer with --allow_urls to open URLs")
         url = _text(body, "url")
         with tempfile.TemporaryDirectory() as folder:
-            path = await _run(download.fetch, url, folder, self._upload_limit)
+            path = await _run(download.fetch, url, folder, UPLOAD_LIMIT)
             return await self._added(path, "")
 
     async def _added(self, path: str, label: str) -> Response:

@@ -62,8 +62,9 @@ def collection(folder):
 
 
 @pytest.fixture
-def client(collection):
-    app = server.create_app(collection, Answers(), upload_limit=100_000)
+def client(collection, monkeypatch):
+    monkeypatch.setattr(server, "UPLOAD_LIMIT", 100_000)
+    app = server.create_app(collection, Answers())
     return TestClient(app, base_url=HOST)
 
 
