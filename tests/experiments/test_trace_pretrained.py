@@ -226,4 +226,4 @@ def test_saying_nothing_is_told(monkeypatch):
     with pytest.raises(ValueError, match="give a --target"):
         generation.continuation(None, Says(), "He was born in")
     with pytest.raises(ValueError, match="--target is given 1 times, --prompt 2 times"):
-        ask.as_queries(None, Says(), ["a", "b"], ["c"])
+        ask.check_targets(["a", "b"], ["c"])
