@@ -1,9 +1,9 @@
-"""Functions of a Fisher matrix that is diagonal in a Kronecker basis, and two ways to fit it.
+"""Functions of a Fisher matrix that is diagonal in a Kronecker basis, and Shampoo's fit of one.
 
 F = (Q_A ⊗ Q_S) Λ (Q_A ⊗ Q_S)ᵀ of every matrix, so that f(F) G = Q_A (f(Λ) ∘ (Q_Aᵀ G Q_S)) Q_Sᵀ.
-EK-FAC takes Q_A and Q_S from the covariances of a layer's inputs and output gradients;
-eigenvalue-corrected Shampoo from the passages' gradients themselves, E[G Gᵀ] and E[Gᵀ G]. Both have
-Λ = E[(Q_Aᵀ G Q_S)²], with labels that are drawn from the model (George et al. 2018).
+EK-FAC (`tda.gradients.fitted_curvature`) takes Q_A and Q_S from the covariances of a layer's inputs
+and output gradients; eigenvalue-corrected Shampoo from the passages' gradients themselves, E[G Gᵀ]
+and E[Gᵀ G]. Both have Λ = E[(Q_Aᵀ G Q_S)²], with labels drawn from the model (George et al. 2018).
 """
 
 from collections.abc import Callable, Iterable
@@ -17,21 +17,6 @@ from tda.gradients.kronecker import Curvature
 from tda.runtime import sharding
 
 Gradients = dict[str, jax.Array]
-
-
-def fit_ekfac(
-    model, chosen: list[sites.Site], batches: Callable[[], Iterable[dict]]
-) -> dict[str, Curvature]:
-    """Returns EK-FAC's eigenvectors and eigenvalues of a model, with labels drawn from it.
-
-    Args:
-        model: the model.
-        chosen: the matrices, from `kronecker.factored`.
-        batches: returns the batches of passages with sampled labels (`sampled_labels.batches`).
-    """
-    covariances = kronecker.covariances(model, chosen, batches(), "sampled")
-    bases = kronecker.eigenvectors(covariances)
-    return kronecker.corrected(model, chosen, batches(), "sampled", bases)
 
 
 def fit_shampoo(

@@ -19,7 +19,7 @@ from tda.counterfactual.metagradients import Reverse
 from tda.counterfactual.training import sum_by_unit, units_of_tokens, with_plain_attention
 from tda.counterfactual.unprojected import GradientScore
 from tda.data.batches import BatchLayout, draw
-from tda.gradients import kronecker, sampled_labels
+from tda.gradients import fitted_curvature, kronecker, sampled_labels
 from tda.gradients.kronecker import Curvature
 from tda.gradients.moments import optimizer_state
 from tda.gradients.sampled_labels import sampled_loss
@@ -196,7 +196,9 @@ class TrainingScores:
     def _ekfac(self, params: dict) -> tuple[list[Site], dict[str, Curvature]]:
         """Returns the matrices and EK-FAC's curvature; fitted anew, as each method's cost is."""
         (model, chosen), sample = self._factored(params), self._settings.sample
-        return chosen, eigenbasis.fit_ekfac(model, chosen, lambda: self._sampled(sample))
+        return chosen, fitted_curvature.fit(
+            model, chosen, lambda stage: self._sampled(sample), "sampled"
+        )
 
     def _sampled_gradients(
         self, at: list[dict], scales: Gradients | None = None

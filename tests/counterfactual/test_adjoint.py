@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tda.counterfactual import adjoint, eigenbasis, metagradients
+from tda.counterfactual import adjoint, metagradients
 from tda.counterfactual.example_gradients import as_rows, by_path
 from tda.counterfactual.in_run import in_run
 from tda.counterfactual.training import (
@@ -14,7 +14,7 @@ from tda.counterfactual.training import (
     units_of_tokens,
     with_plain_attention,
 )
-from tda.gradients import kronecker, sampled_labels
+from tda.gradients import fitted_curvature, kronecker, sampled_labels
 from tda.gradients.sites import find_sites
 from tda.training import optimizer
 from tests.counterfactual.world import (
@@ -87,11 +87,11 @@ def test_products_with_ekfac_are_those_of_its_matrices():
     model = training.model_fn.merge(training.params)
     chosen = kronecker.factored(find_sites(model))
     rows = np.arange(PASSAGES)
-    curvature = eigenbasis.fit_ekfac(
-        model,
-        chosen,
-        lambda: sampled_labels.batches(training.table, rows, labels="sampled", layout=LAYOUT),
-    )
+
+    def batches(stage):
+        return sampled_labels.batches(training.table, rows, labels="sampled", layout=LAYOUT)
+
+    curvature = fitted_curvature.fit(model, chosen, batches, "sampled")
     size = sum(x.size for x in jax.tree.leaves(training.params))
     u_QxP = np.random.default_rng(0).normal(size=(2, size)).astype(np.float32)
     product = adjoint.ekfac(chosen, curvature, tokens=7.0)({}, training.params, u_QxP)

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tda.counterfactual import eigenbasis, unprojected
+from tda.counterfactual import unprojected
 from tda.counterfactual.inverse import DampedInverse
 from tda.counterfactual.unprojected import GradientScore
-from tda.gradients import reference, sampled_labels
+from tda.gradients import fitted_curvature, reference, sampled_labels
 from tda.gradients.sites import find_sites
 from tda.model import functional
 from tests.conftest import make_decoder
@@ -40,11 +40,11 @@ def scored():
     }
     chosen = [s for s in find_sites(make_decoder()) if s.path == SITE]
 
-    def batches():
+    def batches(stage):
         rows = np.arange(PASSAGES)
         return sampled_labels.batches(training.table, rows, labels="sampled", layout=LAYOUT)
 
-    curvature = eigenbasis.fit_ekfac(make_decoder(), chosen, batches)
+    curvature = fitted_curvature.fit(make_decoder(), chosen, batches, "sampled")
     methods = {
         "dot": GradientScore(unprojected.identity),
         "cosine": GradientScore(unprojected.identity, unit_norm=True),
