@@ -22,14 +22,11 @@ from tda.model import functional
 def per_example_gradients(model: nnx.Module, batch: dict, output: str | Callable = "loss") -> dict:
     """Returns the gradient of every example: float32 [B, …] by path name of the parameter."""
     model_fn, params = functional.split(model)
-    output_fn = losses.output(output) if isinstance(output, str) else None
+    example_losses = losses.of_examples(output)
 
     def example_loss(params, example):
         example = jax.tree.map(lambda x: x[None], example)
-        if output_fn is None:
-            return output(model_fn.merge(params), example)[0]
-        logits_1xTxV = model_fn.apply(params, example["tokens"])
-        return output_fn(logits_1xTxV, example["targets"], example["weights"])[0]
+        return example_losses(model_fn.merge(params), example)[0]
 
     gradients = jax.vmap(jax.grad(example_loss), in_axes=(None, 0))(params, batch)
     return functional.flat_parameters(gradients)
