@@ -45,9 +45,9 @@ def inverse_root_moments(
     with run.engine.alone():
         if processes.on_first_process("look for second moments", file.exists):
             return kept_scales.load(file, identity)
-        scales = estimate.estimate(
-            trained.model, _loss, _sample(run, on_progress), sites, provenance["correction"], eps
-        )
+        loss, batches = losses.of_examples("loss"), _sample(run, on_progress)
+        correction = provenance["correction"]
+        scales = estimate.estimate(trained.model, loss, batches, sites, correction, eps)
         # Every process takes part: arrays may lie on several hosts.
         local = {path: scale.map(sharding.to_host) for path, scale in scales.items()}
 
@@ -72,10 +72,6 @@ def _sample(run: Run, on_progress: Progress | None):
             on_progress("estimating second moments", done, count)
         processes.check_preemption(is_joint=True)
         yield batch.arrays()
-
-
-def _loss(model, batch):
-    return losses.cross_entropy(model(batch["tokens"]), batch["targets"], batch["weights"])
 
 
 def adam_states(run: Run, kind: GradientKind) -> dict[str, adam_steps.State]:
