@@ -49,7 +49,7 @@ class WholeGradients:
         self._settings, self._table, self._layout, self._scales = settings, table, layout, scales
         self._curvature = curvature
         # Made once for all questions.
-        self._whitened = functools.cache(self._make_whitened)
+        self._whitened = functools.cache(lambda damping: self._whiten(self._moments, damping))
         self._factors = GradientFactors(
             settings.model, settings.sites(), settings.loss, settings.mesh
         )
@@ -69,9 +69,6 @@ class WholeGradients:
         return pair_products.fit_moments(
             self._factors, self._plain, self._layout, self._table, rows
         )
-
-    def _make_whitened(self, damping: float) -> Metric:
-        return self._whiten(self._moments, damping)
 
     def _whiten(self, moments: Moments, damping: float) -> Metric:
         damping = pair_metrics.DAMPING if damping < 0 else damping
