@@ -180,6 +180,14 @@ def test_a_training_that_diverges_is_refused(model, tokenizer):
         trace(model, tokenizer, "dot_whole", recipe=wild)
 
 
+def test_metagradients_without_eps_root_name_it(model, tokenizer, tmp_path):
+    """√ν of a token that no passage has is 0, where it has no derivative."""
+    rough = dataclasses.replace(RECIPE, eps_root=0.0)
+    with pytest.raises(FloatingPointError, match="unless eps_root is above 0"):
+        trace(model, tokenizer, "metagradient", recipe=rough, directory=tmp_path)
+    assert not list(tmp_path.rglob("pass-*"))
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

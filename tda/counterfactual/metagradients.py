@@ -139,6 +139,9 @@ class Reverse:
         Args:
             numbers: the queries.
             name: names the file of an unfinished pass; one name for each set of queries.
+
+        Raises:
+            FloatingPointError: a derivative is not finite.
         """
         self.keep_states()
         training = self.training
@@ -155,6 +158,12 @@ class Reverse:
                     cotangents, d_QxBxT = self._pull(state, batch.arrays, weights_BxT, cotangents)
                     batch.add_to(scores_QxC, -sharding.to_host(d_QxBxT))
                     bar.update(1)
+                if not np.isfinite(scores_QxC).all():
+                    raise FloatingPointError(
+                        f"the derivatives of the training from step {step} on are not finite: "
+                        "where a gradient vanishes, √ν has none unless eps_root is above 0 (1e-8); "
+                        "if it is, the training diverges: lower the learning rate"
+                    )
                 self._save_pass(name, step, cotangents, scores_QxC)
                 preemption.check()
         return scores_QxC
