@@ -77,8 +77,10 @@ def _exit_saying(
         advice = f"Finished work is kept in {workdir}; to continue:"
     text = f"\n{event}. {advice or 'To run it again:'}\n  {typed or command.typed()}"
     print(text, file=sys.stderr, flush=True)
-    with contextlib.suppress(OSError):  # a closed pipe
-        sys.stdout.flush()
+    # Not sys.stdout, which abandoned work in another thread may have redirected.
+    if sys.__stdout__ is not None:
+        with contextlib.suppress(OSError):  # a closed pipe
+            sys.__stdout__.flush()
     # Not sys.exit: the interpreter would wait for running threads, or crash in one whose libraries
     # are already gone.
     os._exit(status)

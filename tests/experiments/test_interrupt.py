@@ -129,11 +129,14 @@ def test_every_main_ends_in_the_same_way(takes_config, interrupt):
 
 
 def test_a_notice_ends_a_program_with_the_command_that_continues_it():
+    """Guards: a traceback and status 1 where abandoned work in a thread has silenced the output."""
     program = (
-        "import signal\n"
+        "import signal, sys\n"
         "from experiments.launch import launch\n"
         "from tda.runtime import preemption, progress\n"
         "def main(*arguments):\n"
+        "  print('begun')\n"
+        "  sys.stdout = None\n"
         "  signal.raise_signal(signal.SIGTERM)\n"
         "  assert preemption.is_due(3)\n"
         "  progress.bar(9, 'work', 'step').update()\n"
@@ -143,7 +146,7 @@ def test_a_notice_ends_a_program_with_the_command_that_continues_it():
     words = [sys.executable, "-c", program, "--config=configs/world_facts.py"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert done.returncode == 143 and "Traceback" not in done.stderr
-    assert "ended by SIGTERM. To run it again:" in done.stderr
+    assert "ended by SIGTERM. To run it again:" in done.stderr and "begun" in done.stdout
 
 
 def test_the_traceback_of_a_failed_try_goes_once_a_later_one_succeeds(tmp_path):
