@@ -190,14 +190,16 @@ class LiveRun:
             return self._contrasted(query)
         table, known = self.speaker.table(query), self.run.corpus.known
         number = known.number(query.prompt, query.target)
-        text = join(query.prompt, query.target, self.speaker.joiner)
-        if query.tokens is not None:
-            text = query.prompt + query.target
-            if number is not None:
-                # The model may have generated a text of the run as other tokens.
-                as_asked = Query(query.id, known.prompts[number], known.targets[number])
-                if list(self.speaker.table(as_asked).tokens) != list(table.tokens):
-                    number = None
+        if number is not None:
+            # Generated as other tokens, or with other white space, it is another question.
+            own = Query(query.id, known.prompts[number], known.targets[number])
+            own_table = self.speaker.table(own)
+            is_same = np.array_equal(own_table.tokens, table.tokens)
+            if not (is_same and np.array_equal(own_table.scored, table.scored)):
+                number = None
+        # Texts of known tokens may lack the space between them; the run's joiner is not in them.
+        joiner = self.speaker.joiner if query.tokens is None else None
+        text = join(query.prompt, query.target, joiner)
         return Queries(table, [text], [number], {})
 
     def _contrasted(self, query: Question) -> Queries:

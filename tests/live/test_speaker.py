@@ -1,14 +1,19 @@
 """The model's own words: greedy completions, and likelihoods as the evaluation has them."""
 
+import pathlib
+import types
+
 import numpy as np
 import pytest
 from tokenizers import pre_tokenizers
 
 from tda.data import tokens
-from tda.data.rows import Query
+from tda.data.rows import Query, Question
 from tda.data.tokenizer import Tokenizer
 from tda.evaluation.likelihood import Likelihood
+from tda.live.finished_run import LiveRun
 from tda.live.speaker import Speaker
+from tda.run.remembered import Known
 
 CAPITALS = {"France": "Paris", "Norway": "Oslo", "Italy": "Rome", "Spain": "Madrid"}
 QUESTIONS = [(f"q-{a}", f"The capital of {a} is", b) for a, b in CAPITALS.items()]
@@ -186,3 +191,35 @@ def test_refusals(speaker_and_model):
         speaker.table(Query("", "a", " "))
     with pytest.raises(ValueError, match="9999 is not a token id; .* below 300"):
         speaker.table(Query("", "a", "b", ((1,), (9999,))))
+
+
+def queries_of(speaker, question):
+    """A live question as it is searched for, by a run whose own queries are `QUESTIONS`."""
+    _, prompts, targets = zip(*QUESTIONS, strict=True)
+    known = Known([name for name, _, _ in QUESTIONS], prompts, targets, [()] * len(QUESTIONS))
+    live = LiveRun(pathlib.Path("none"))
+    live.run = types.SimpleNamespace(corpus=types.SimpleNamespace(known=known))
+    live.speaker = speaker
+    return live._queries(question)
+
+
+def test_an_answer_of_the_model_is_searched_for_as_if_it_were_typed(speaker_and_model):
+    """Guards: prompt and answer glued to one word, "isParis", which BM25 looks for."""
+    speaker, _ = speaker_and_model
+    _, prompt, target = QUESTIONS[0]
+    typed = queries_of(speaker, Question("", prompt, target))
+    table = typed.table
+    ids = tuple(tuple(table.tokens[m].tolist()) for m in (~table.scored, table.scored))
+    clicked = queries_of(speaker, Question("", prompt, target, ids))
+    assert clicked.texts == typed.texts == [f"{prompt} {target}"]
+    assert clicked.numbers == typed.numbers == [0]
+
+
+def test_a_question_with_other_white_space_has_its_own_gradient(speaker_and_model):
+    """Guards: the stored gradient of a run's query whose text differs in white space."""
+    speaker, model = speaker_and_model
+    _, prompt, target = QUESTIONS[1]
+    glued = Speaker(model, speaker.tokenizer, CONTEXT, joiner="")
+    assert queries_of(glued, Question("", prompt, target)).numbers == [1]
+    assert queries_of(glued, Question("", prompt, f" {target}")).numbers == [None]
+    assert queries_of(speaker, Question("", f"{prompt} ", target)).numbers == [1]
