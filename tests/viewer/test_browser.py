@@ -625,3 +625,22 @@ def test_a_server_that_is_gone_is_told(browser, folder):
     page.page.locator("#queries a").nth(40).click()
     page.until(lambda: "does not answer" in page.text("main"))
     page.context.close()
+
+
+@pytest.mark.slow
+def test_a_page_tells_that_its_results_have_changed(browser, tmp_path):
+    """Another page has read the index anew."""
+    file = tmp_path / "trackstar.jsonl"
+    results.write(file, records(60, 3, 50))
+    collection = Collection()
+    collection.add(file)
+    pages = page, other = Page(browser), Page(browser)
+    with serving(collection) as address:
+        page.open(address)
+        results.write(file, records(60, 3, 50, 9))
+        other.open(address)
+        for opened, expected in ((page, "have changed; reload"), (other, "Raw records")):
+            opened.page.locator("#queries a").nth(40).click()
+            opened.until(lambda o=opened, text=expected: text in o.text("main"))
+    for opened in pages:
+        opened.context.close()

@@ -115,6 +115,21 @@ def test_a_file_written_anew_is_shown_at_the_next_look(client, folder):
     assert len(client.get("/data/1/records-0.json").json()) == 5
 
 
+def test_a_page_gets_no_records_of_a_file_that_has_changed_since(client, folder):
+    """Guards: another page's reload, after which one page showed rows of two versions of a file."""
+    before = [f["digest"] for f in client.get("/data/index.json").json()["files"]]
+    results.write(folder / "w" / "results" / "bm25.jsonl", records(23, 3, 50, 2))
+    address = f"/data/1/records-0.json?digest={before[1]}"
+    assert client.get(address).status_code == 200  # still those of the index
+    client.get("/data/index.json")
+    answer = client.get(address)
+    assert answer.status_code == 409 and "reload the page" in answer.json()["error"]
+    shared = f"/data/overlap-0-1.json?digest={before[0]}&digest="
+    assert client.get(shared + before[1]).status_code == 409
+    after = client.get("/data/index.json").json()["files"][1]["digest"]
+    assert client.get(shared + after).status_code == 200
+
+
 @pytest.mark.parametrize(
     "path",
     ["/static/../server.py", "/static/%2e%2e/server.py", "/static/..%2fserver.py", "/data/../x",

@@ -23,8 +23,10 @@ function fromScript(name) {
   });
 }
 
-async function fromServer(name) {
-  return readBody(await request(`data/${name}.json`, {}));
+async function fromServer(name, files) {
+  // The server refuses pieces of a file that has changed since the index was read.
+  const digests = new URLSearchParams(files.map((f) => ["digest", f.digest]));
+  return readBody(await request(`data/${name}.json?${digests}`, {}));
 }
 
 async function request(address, options) {
@@ -41,7 +43,8 @@ async function readBody(response) {
   return body;
 }
 
-const piece = isExport ? fromScript : fromServer;
+/** A piece of the data; `files` are the results files that it is of. */
+const piece = (name, ...files) => (isExport ? fromScript(name) : fromServer(name, files));
 
 /** Asks the server to do something; `body` is sent as JSON, a File as it is. */
 export async function ask(address, body, method = "POST") {
@@ -94,7 +97,7 @@ export class Data {
   async #load(file, onRows) {
     const size = this.index.summary_rows;
     for (let chunk = file.loaded / size; chunk * size < file.rows; chunk++) {
-      const part = await piece(`${file.number}/summaries-${chunk}`);
+      const part = await piece(`${file.number}/summaries-${chunk}`, file);
       const rows = Math.min(size, file.rows - chunk * size);
       for (const field of file.fields) {
         const values = part[field] ?? new Array(rows).fill(null);
@@ -113,7 +116,7 @@ export class Data {
   async record(file, row) {
     const size = this.index.record_rows;
     const name = `${file.number}/records-${Math.floor(row / size)}`;
-    const chunk = this.records.get(name) ?? piece(name);
+    const chunk = this.records.get(name) ?? piece(name, file);
     this.records.delete(name);
     this.records.set(name, chunk);
     if (this.records.size > MOST_CHUNKS) this.records.delete(this.records.keys().next().value);
@@ -138,7 +141,7 @@ export class Data {
   /** How many proponents each row of a file shares with another file; fills `file.overlaps`. */
   async overlap(file, other) {
     if (!file.overlaps.has(other.label)) {
-      file.overlaps.set(other.label, await piece(`overlap-${file.number}-${other.number}`));
+      file.overlaps.set(other.label, await piece(`overlap-${file.number}-${other.number}`, file, other));
     }
     return file.overlaps.get(other.label);
   }
@@ -147,7 +150,7 @@ export class Data {
   groups(file, key, row) {
     const name = `${file.number}/by-${key}${row === undefined ? "" : `-${row}`}`;
     if (!this.grouped.has(name)) {
-      this.grouped.set(name, piece(name));
+      this.grouped.set(name, piece(name, file));
       this.grouped.get(name).catch(() => this.grouped.delete(name));
     }
     return this.grouped.get(name);
