@@ -48,6 +48,9 @@ def run(
         raise ValueError("a plan runs in one process; start it without --distributed")
     if not 0 < mfu <= 1:
         raise ValueError(f"--mfu={mfu} must be above 0 and at most 1")
+    rates = {"reading": reading, "tokenising": tokenising, "host_memory": host_memory}
+    if wrong := [f"--{name}" for name, x in rates.items() if x is not None and x <= 0]:
+        raise ValueError(f"{', '.join(wrong)} must be above 0")
     here = hardware is None
     if not here and config.model.dtype == "auto":
         config = config.copy_and_resolve_references()

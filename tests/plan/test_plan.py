@@ -345,6 +345,7 @@ def test_what_cannot_be_is_not_measured(small, monkeypatch):
         ({"mesh.fsdp": 3}, {}, "mesh.fsdp × mesh.tensor = 3 does not divide 128 devices"),
         ({"store.dtype": "int4"}, {}, "unknown dtype 'int4'"),
         ({}, {"mfu": 0.0}, "--mfu=0.0 must be above 0"),
+        ({}, {"reading": 0.0, "host_memory": 0.0}, "--reading, --host_memory must be above 0"),
     ],
 )
 def test_what_makes_no_sense_is_told(changes, arguments, message):
