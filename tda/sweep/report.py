@@ -16,7 +16,6 @@ A plot is a dict with these keys:
 """
 
 import functools
-import math
 import pathlib
 from collections.abc import Iterable, Sequence
 
@@ -172,7 +171,7 @@ def seeds_table(sweep: Sweep, figures: list[dict], figure_differences: list[dict
     ]
     if to_reference:
         parts.append(f"Difference to {_shown('method', reference)}, likewise:")
-        signed = functools.partial(_mean_and_spread, sign="+")
+        signed = functools.partial(_mean_and_spread, is_signed=True)
         parts.append(_headline(axes, to_reference, signed))
     return "\n\n".join(parts) + "\n"
 
@@ -210,12 +209,10 @@ def _title(metric: str) -> str:
     return _TITLES.get(metric, metric)
 
 
-def _mean_and_spread(metric: str, row: dict, sign: str = "") -> str:
-    # Tail-patches are changes of a probability, which tables give in percent.
-    digits, unit, scale = (2, "%", 100) if metric == "tail_patch" else (3, "", 1)
-    mean = f"{scale * row['mean']:{sign}.{digits}f}"
-    spread = "" if math.isnan(row["sd"]) else f" ± {scale * row['sd']:.{digits}f}"
-    return mean + spread + unit
+def _mean_and_spread(metric: str, row: dict, is_signed: bool = False) -> str:
+    mean = formats.figure(metric, row["mean"], is_signed)
+    spread = formats.figure(metric, row["sd"]).removeprefix("+")
+    return f"{mean} ± {spread}" if spread else mean  # a single seed has no spread
 
 
 def _draw(plot: dict, sweep: Sweep, table: list[dict], directory: pathlib.Path) -> list[str]:

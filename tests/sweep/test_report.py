@@ -1,6 +1,7 @@
 """Tables and plots of a sweep."""
 
 import csv
+import math
 import pathlib
 
 import pytest
@@ -9,6 +10,7 @@ from configs import world_facts
 from tda import methods
 from tda.run import defaults
 from tda.sweep import grid, report
+from tda.sweep.grid import Sweep
 from tests.sweep.test_grid import write
 
 SHIPPED = sorted(
@@ -120,6 +122,17 @@ def test_seeds_are_summarised(tmp_path):
     text = pathlib.Path(files[2]).read_text(encoding="utf-8")
     assert "| BM25 | 2 | 0.600 ± 0.100 | 0.700 ± 0.000 |" in text.splitlines()
     assert "over 3 training seeds" in text and "Difference to" not in text
+
+
+def test_small_tail_patches_are_no_zeros():
+    sweep = Sweep(("seed",), [], [])
+    row = {"method": "bm25", "group": "", "seeds": 2}
+    figures = [
+        row | {"metric": "tail_patch", "mean": 2.4e-5, "sd": 3e-6},
+        row | {"metric": "tail_patch_log", "mean": 0.0123, "sd": math.nan},
+    ]
+    text = report.seeds_table(sweep, figures, [])
+    assert "| BM25 | +0.0024% ± 0.00030% | +0.0123 |" in text
 
 
 def test_differences_are_summarised_over_seeds(tmp_path):
