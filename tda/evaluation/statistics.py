@@ -156,7 +156,8 @@ def group_sums(
             label=str(name),
             size=int(n),
             expected=float(e),
-            p=(1 + far) / (1 + resamples),
+            # Nothing is near or far of a sum that is not finite.
+            p=(1 + far) / (1 + resamples) if np.isfinite(e) else float("nan"),
         )
         for i, name, n, e, far in zip(
             intervals(sums_QxG, resamples, seed),

@@ -134,3 +134,10 @@ def test_sums_by_label_against_all_permutations():
     assert (high.low, high.high) == (12.5, 14.5) and high.count == 2
     equal = statistics.group_sums(np.full((2, 4), 0.1), list("aabb"), resamples=50)
     assert [g.p for g in equal] == [1.0, 1.0]
+
+
+def test_a_score_that_is_not_finite_is_no_evidence():
+    """Guards: a p of almost 0, since no draw is nearer than NaN."""
+    scores = np.array([[5.0, 4.0, np.nan, 0.0], [7.0, 4.0, 3.5, 2.0]])
+    groups = statistics.group_sums(scores, list("aabb"), resamples=50)
+    assert [math.isnan(g.p) for g in groups] == [True, True]
