@@ -8,7 +8,8 @@ import numpy as np
 
 from tda.results import ResultsError
 from tda.runtime.atomic_file import read_arrays
-from tda.viewer.results_file import finite
+from tda.runtime.fingerprint import fingerprint
+from tda.viewer.results_file import finite, signature
 from tda.viewer.summary import query_key
 
 
@@ -18,13 +19,19 @@ class Board:
     Args:
         path: `board.json`. Without `board.npz` beside it there are no figures of single queries.
 
+    Attributes:
+        digest: a hash of `board.json`'s contents.
+
     Raises:
         OSError, ResultsError: a file cannot be read, or is not a board's.
     """
 
     def __init__(self, path: pathlib.Path):
+        # `board.json` is written last, so both files are new if it is.
+        self._path, self._seen = path, signature(path)
         try:
             text = path.read_text(encoding="utf-8")
+            self.digest = fingerprint(text)
             self._record = json.loads(text, parse_float=finite, parse_constant=finite)
             self.titles = {n: m["title"] for n, m in self._record["methods"].items()}
             self._labels = {
@@ -39,6 +46,10 @@ class Board:
         arrays = path.with_suffix(".npz")
         self._arrays = read_arrays(arrays) if arrays.exists() else {}
         self.queries = self._record.get("texts", []) if self._arrays else []
+
+    def stale(self) -> bool:
+        """Returns whether `board.json` has changed since it was read."""
+        return signature(self._path) != self._seen
 
     def figures(self) -> dict:
         """Returns the record of `board.json`, with each query's key and LDS by method."""

@@ -4,6 +4,7 @@ A page asks for pieces by name, such as `0/records-12`. The server makes each pi
 an export writes them all, so that a page reads both in the same way.
 """
 
+import contextlib
 import os
 import pathlib
 import re
@@ -55,8 +56,7 @@ class Collection:
         self.links: list[list[str]] = []
         # None where nothing is known of the passages' documents.
         self.groups: Groups | None = None
-        board = None if workdir is None else self.workdir / "board.json"
-        self.board = Board(board) if board is not None and board.is_file() else None
+        self.board = self._open_board()
         self.files: list[ResultsFile] = []
         self._lock = threading.Lock()
 
@@ -81,8 +81,15 @@ class Collection:
             self.files.append(file)
         return file
 
+    def _open_board(self) -> Board | None:
+        path = None if self.workdir is None else self.workdir / "board.json"
+        return Board(path) if path is not None and path.is_file() else None
+
     def refresh(self) -> None:
         """Reopens files that have changed; of a deleted or broken file the last state stays."""
+        if self.board is None or self.board.stale():
+            with contextlib.suppress(OSError, ResultsError):
+                self.board = self._open_board() or self.board
         for i, file in enumerate(self.files):
             if file.stale():
                 try:
@@ -92,6 +99,11 @@ class Collection:
                 # The old file is closed by the garbage collector once no request reads it.
                 self.files[i] = new
 
+    def digests(self) -> set[str]:
+        """Returns the digests of the files and of the board."""
+        boards = [] if self.board is None else [self.board]
+        return {shown.digest for shown in (*self.files, *boards)}
+
     def index(self) -> dict:
         """Returns the piece that a page reads first, which lists the other pieces."""
         return {
@@ -100,7 +112,7 @@ class Collection:
             "record_rows": results_file.RECORD_ROWS,
             "types": TYPES,
             "notes": self.notes is not None,
-            "board": self.board is not None,
+            "board": None if self.board is None else self.board.digest,
             "keys": [] if self.groups is None else self.groups.keys,
             "run": None if self.workdir is None else run_figures.read(self.workdir),
             "links": self.links,

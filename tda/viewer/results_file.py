@@ -53,7 +53,7 @@ class ResultsFile:
         self.path, self.label, self.title = os.fspath(path), label, title or label
         self.columns: dict[str, list] = {field: [] for field in summary.FIELDS}
         self._file = open_unpacked(self.path)
-        self._seen = _signature(self.path)
+        self._seen = signature(self.path)
         starts, lengths, ids = [], [], []
         start, digest, name = 0, hashlib.sha256(), os.path.basename(self.path)
         reported = 0
@@ -88,7 +88,7 @@ class ResultsFile:
 
     def stale(self) -> bool:
         """Returns whether the file at the path has changed since it was read."""
-        return _signature(self.path) != self._seen
+        return signature(self.path) != self._seen
 
     def describe(self) -> dict:
         """Returns the file's part of the index."""
@@ -217,7 +217,8 @@ def open_unpacked(path: str) -> BinaryIO:
     return unpacked
 
 
-def _signature(path: str):
+def signature(path: str | os.PathLike):
+    """Returns what changes with a file's contents; None if there is no file."""
     try:
         status = os.stat(path)
     except OSError:

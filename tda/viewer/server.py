@@ -143,8 +143,7 @@ class _App:
     async def _piece(self, request: Request) -> Response:
         name = request.path_params["name"]
         # Another page may have read the index since, which reopens changed files.
-        digests = {file.digest for file in self._collection.files}
-        if not digests.issuperset(request.query_params.getlist("digest")):
+        if not self._collection.digests().issuperset(request.query_params.getlist("digest")):
             raise HTTPException(409, "the results have changed; reload the page")
 
         def make() -> bytes:

@@ -16,6 +16,7 @@ from tda.runtime.atomic_file import write_arrays, write_json
 from tda.runtime.fingerprint import plain
 from tda.viewer import opening
 from tda.viewer.board import Board
+from tda.viewer.collection import Collection
 from tda.viewer.export import export
 from tests.viewer.big_file import records
 from tests.viewer.browser import Page, serving
@@ -237,3 +238,19 @@ def test_the_numbers_of_the_axes_do_not_run_into_each_other(browser, collection,
         assert len(longest) > 5 and page.page.evaluate(OVERLAPS) == []
     page.context.close()
     page.fine()
+
+
+def test_a_board_computed_anew_is_shown_at_the_next_look(workdir, tmp_path):
+    """And one that is computed while the viewer runs; a page of the earlier one gets no figures."""
+    collection = Collection(tmp_path)
+    record = json.loads((workdir / "board.json").read_text())
+    digests = []
+    for queries in (7, 8):
+        write_json(tmp_path / "board.json", record | {"queries": queries})
+        collection.refresh()
+        assert collection.piece("board")["queries"] == queries
+        digests.append(collection.index()["board"])
+    assert digests[1] in collection.digests() and digests[0] not in collection.digests()
+    (tmp_path / "board.json").write_text("half")
+    collection.refresh()
+    assert collection.piece("board")["queries"] == 8
