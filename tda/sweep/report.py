@@ -7,9 +7,9 @@ A plot is a dict with these keys:
     "y": metrics, one panel each.
     "lines": the columns that distinguish lines (by default "method"), the first by colour and the
         others by dashes.
-    "log_x": whether the x axis is logarithmic.
-    "where": keys and values of the points to draw, such as {"projection.side": 16}, or tuples of
-        values; by default all points.
+    "log_x": whether the x axis is logarithmic; points whose x is not above 0 are left out.
+    "where": keys and values of the points to draw, such as {"projection.side": 16}, or tuples or
+        lists of values; by default all points.
     "omit": by metric, the methods that its panel leaves out, such as one far above the others.
     "mark": keys and values of the point whose x is marked on each line, such as
         {"hessian.weight": -1.0}; "mark_label" names it in the legend.
@@ -228,6 +228,13 @@ def _draw(plot: dict, sweep: Sweep, table: list[dict], directory: pathlib.Path) 
             + (f"no column {', '.join(absent)}; there are {', '.join(table[0])}" if absent else "")
         )
     table = [r for r in table if all(_is_one_of(r[key], value) for key, value in where.items())]
+    x, log_x = plot["x"], plot.get("log_x", False)
+    # Such as -1, which stands for a default.
+    hidden = {r[x] for r in table if log_x and r[x] is not None and r[x] <= 0}
+    if hidden:
+        listed = ", ".join(map(str, sorted(hidden)))
+        print(f"plot {plot['name']!r}: a logarithmic axis cannot show {x}={listed}; left out")
+        table = [r for r in table if r[x] not in hidden]
     panels = []
     for metric in (*_lds_of(r["metric"] for r in table), *plot["y"]):
         omitted = plot.get("omit", {}).get(metric, ())
@@ -245,14 +252,14 @@ def _draw(plot: dict, sweep: Sweep, table: list[dict], directory: pathlib.Path) 
     return plots.draw(
         directory / plot["name"],
         panels,
-        _TITLES.get(plot["x"], plot["x"]),
-        log_x=plot.get("log_x", False),
+        _TITLES.get(x, x),
+        log_x=log_x,
         mark_label=plot.get("mark_label", "marked"),
     )
 
 
 def _is_one_of(value, wanted) -> bool:
-    return value in wanted if isinstance(wanted, tuple) else value == wanted
+    return value in wanted if isinstance(wanted, tuple | list) else value == wanted
 
 
 def _lines(

@@ -255,6 +255,21 @@ def test_a_plot_does_not_mix_the_points_of_an_axis_that_it_does_not_name(tmp_pat
         del loaded.plots[0][next(iter(chosen))]
 
 
+def test_a_logarithmic_axis_tells_what_it_leaves_out(tmp_path, drawn, capsys):
+    """Guards: points at 0 and -1 that vanish without a word; a list of values that matches none."""
+    body = """{
+        "fixed": {"methods": "trackstar"},
+        "axes": {"hessian.damping": (-1.0, 0.0, 0.1, 1.0, 2.0)},
+        "plots": [{"name": "p", "x": "hessian.damping", "y": ("mrr",), "log_x": True,
+                   "where": {"hessian.damping": [-1.0, 0.0, 0.1, 1.0]}}],
+    }"""
+    loaded = load(tmp_path, body)
+    report.write(loaded, [make_result(p) for p in loaded.points], tmp_path, True)
+    ((_, (panel,), *_),) = drawn
+    assert [line.x for line in panel.lines] == [[0.1, 1.0]]
+    assert "cannot show hessian.damping=-1.0, 0.0; left out" in capsys.readouterr().out
+
+
 def test_a_board_leads_with_its_lds(tmp_path, drawn):
     body = """{
         "fixed": {"methods": "grad_dot,trackstar"},
