@@ -192,10 +192,10 @@ class LiveRun:
         number = known.number(query.prompt, query.target)
         if number is not None:
             # Generated as other tokens, or with other white space, it is another question.
-            own = Query(query.id, known.prompts[number], known.targets[number])
-            own_table = self.speaker.table(own)
-            is_same = np.array_equal(own_table.tokens, table.tokens)
-            if not (is_same and np.array_equal(own_table.scored, table.scored)):
+            run_query = Query(query.id, known.prompts[number], known.targets[number])
+            run_table = self.speaker.table(run_query)
+            is_same = np.array_equal(run_table.tokens, table.tokens)
+            if not (is_same and np.array_equal(run_table.scored, table.scored)):
                 number = None
         # Texts of known tokens may lack the space between them; the run's joiner is not in them.
         joiner = self.speaker.joiner if query.tokens is None else None
