@@ -242,8 +242,10 @@ function fromScript(name) {
   });
 }
 
-async function fromServer(name) {
-  return readBody(await request(`data/${name}.json`, {}));
+async function fromServer(name, digests) {
+  // The server refuses pieces of a file that has changed since the index was read.
+  const parameters = new URLSearchParams(digests.map((digest) => ["digest", digest]));
+  return readBody(await request(`data/${name}.json?${parameters}`, {}));
 }
 
 async function request(address, options) {
@@ -260,7 +262,8 @@ async function readBody(response) {
   return body;
 }
 
-const piece = isExport ? fromScript : fromServer;
+/** A piece of the data; `digests` are those, in the index, of the files that it is of. */
+const piece = (name, ...digests) => (isExport ? fromScript(name) : fromServer(name, digests));
 
 /** Asks the server to do something; `body` is sent as JSON, a File as it is. */
 async function ask(address, body, method = "POST") {
@@ -292,6 +295,7 @@ class Data {
     this.records = new Map();
     this.loading = new Map();
     this.grouped = new Map();
+    this.figures = undefined; // of the board
     await this.readNotes();
   }
 
@@ -313,7 +317,7 @@ class Data {
   async #load(file, onRows) {
     const size = this.index.summary_rows;
     for (let chunk = file.loaded / size; chunk * size < file.rows; chunk++) {
-      const part = await piece(`${file.number}/summaries-${chunk}`);
+      const part = await piece(`${file.number}/summaries-${chunk}`, file.digest);
       const rows = Math.min(size, file.rows - chunk * size);
       for (const field of file.fields) {
         const values = part[field] ?? new Array(rows).fill(null);
@@ -332,7 +336,7 @@ class Data {
   async record(file, row) {
     const size = this.index.record_rows;
     const name = `${file.number}/records-${Math.floor(row / size)}`;
-    const chunk = this.records.get(name) ?? piece(name);
+    const chunk = this.records.get(name) ?? piece(name, file.digest);
     this.records.delete(name);
     this.records.set(name, chunk);
     if (this.records.size > MOST_CHUNKS) this.records.delete(this.records.keys().next().value);
@@ -346,18 +350,18 @@ class Data {
 
   /** The board's figures; read once. */
   board() {
-    return (this.figures ??= piece("board"));
+    return (this.figures ??= piece("board", this.index.board));
   }
 
   /** The changes of loss of a query of the board. */
   changes(query) {
-    return piece(`board-${query}`);
+    return piece(`board-${query}`, this.index.board);
   }
 
   /** How many proponents each row of a file shares with another file; fills `file.overlaps`. */
   async overlap(file, other) {
     if (!file.overlaps.has(other.label)) {
-      file.overlaps.set(other.label, await piece(`overlap-${file.number}-${other.number}`));
+      file.overlaps.set(other.label, await piece(`overlap-${file.number}-${other.number}`, file.digest, other.digest));
     }
     return file.overlaps.get(other.label);
   }
@@ -366,7 +370,7 @@ class Data {
   groups(file, key, row) {
     const name = `${file.number}/by-${key}${row === undefined ? "" : `-${row}`}`;
     if (!this.grouped.has(name)) {
-      this.grouped.set(name, piece(name));
+      this.grouped.set(name, piece(name, file.digest));
       this.grouped.get(name).catch(() => this.grouped.delete(name));
     }
     return this.grouped.get(name);
